@@ -9,6 +9,7 @@ package agentisov1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -182,6 +183,7 @@ type InfoResponse struct {
 	WorkspacesTotal   uint32                 `protobuf:"varint,12,opt,name=workspaces_total,json=workspacesTotal,proto3" json:"workspaces_total,omitempty"`
 	MaxWorkspaces     uint32                 `protobuf:"varint,13,opt,name=max_workspaces,json=maxWorkspaces,proto3" json:"max_workspaces,omitempty"`
 	ConfigFile        string                 `protobuf:"bytes,14,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`
+	StartTime         *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -312,6 +314,13 @@ func (x *InfoResponse) GetConfigFile() string {
 		return x.ConfigFile
 	}
 	return ""
+}
+
+func (x *InfoResponse) GetStartTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartTime
+	}
+	return nil
 }
 
 type DoctorRequest struct {
@@ -557,11 +566,11 @@ var File_agentiso_v1_system_proto protoreflect.FileDescriptor
 
 const file_agentiso_v1_system_proto_rawDesc = "" +
 	"\n" +
-	"\x18agentiso/v1/system.proto\x12\vagentiso.v1\"3\n" +
+	"\x18agentiso/v1/system.proto\x12\vagentiso.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"3\n" +
 	"\tErrorInfo\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04next\x18\x02 \x01(\tR\x04next\"\r\n" +
-	"\vInfoRequest\"\xef\x03\n" +
+	"\vInfoRequest\"\xaa\x04\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\x12\x19\n" +
@@ -578,7 +587,9 @@ const file_agentiso_v1_system_proto_rawDesc = "" +
 	"\x10workspaces_total\x18\f \x01(\rR\x0fworkspacesTotal\x12%\n" +
 	"\x0emax_workspaces\x18\r \x01(\rR\rmaxWorkspaces\x12\x1f\n" +
 	"\vconfig_file\x18\x0e \x01(\tR\n" +
-	"configFile\"%\n" +
+	"configFile\x129\n" +
+	"\n" +
+	"start_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\"%\n" +
 	"\rDoctorRequest\x12\x14\n" +
 	"\x05probe\x18\x01 \x01(\bR\x05probe\"\xd5\x01\n" +
 	"\x05Check\x12\x12\n" +
@@ -617,30 +628,32 @@ func file_agentiso_v1_system_proto_rawDescGZIP() []byte {
 var file_agentiso_v1_system_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_agentiso_v1_system_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_agentiso_v1_system_proto_goTypes = []any{
-	(Check_Verdict)(0),       // 0: agentiso.v1.Check.Verdict
-	(*ErrorInfo)(nil),        // 1: agentiso.v1.ErrorInfo
-	(*InfoRequest)(nil),      // 2: agentiso.v1.InfoRequest
-	(*InfoResponse)(nil),     // 3: agentiso.v1.InfoResponse
-	(*DoctorRequest)(nil),    // 4: agentiso.v1.DoctorRequest
-	(*Check)(nil),            // 5: agentiso.v1.Check
-	(*DoctorResponse)(nil),   // 6: agentiso.v1.DoctorResponse
-	(*ShutdownRequest)(nil),  // 7: agentiso.v1.ShutdownRequest
-	(*ShutdownResponse)(nil), // 8: agentiso.v1.ShutdownResponse
+	(Check_Verdict)(0),            // 0: agentiso.v1.Check.Verdict
+	(*ErrorInfo)(nil),             // 1: agentiso.v1.ErrorInfo
+	(*InfoRequest)(nil),           // 2: agentiso.v1.InfoRequest
+	(*InfoResponse)(nil),          // 3: agentiso.v1.InfoResponse
+	(*DoctorRequest)(nil),         // 4: agentiso.v1.DoctorRequest
+	(*Check)(nil),                 // 5: agentiso.v1.Check
+	(*DoctorResponse)(nil),        // 6: agentiso.v1.DoctorResponse
+	(*ShutdownRequest)(nil),       // 7: agentiso.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),      // 8: agentiso.v1.ShutdownResponse
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_agentiso_v1_system_proto_depIdxs = []int32{
-	0, // 0: agentiso.v1.Check.verdict:type_name -> agentiso.v1.Check.Verdict
-	5, // 1: agentiso.v1.DoctorResponse.checks:type_name -> agentiso.v1.Check
-	2, // 2: agentiso.v1.SystemService.Info:input_type -> agentiso.v1.InfoRequest
-	4, // 3: agentiso.v1.SystemService.Doctor:input_type -> agentiso.v1.DoctorRequest
-	7, // 4: agentiso.v1.SystemService.Shutdown:input_type -> agentiso.v1.ShutdownRequest
-	3, // 5: agentiso.v1.SystemService.Info:output_type -> agentiso.v1.InfoResponse
-	6, // 6: agentiso.v1.SystemService.Doctor:output_type -> agentiso.v1.DoctorResponse
-	8, // 7: agentiso.v1.SystemService.Shutdown:output_type -> agentiso.v1.ShutdownResponse
-	5, // [5:8] is the sub-list for method output_type
-	2, // [2:5] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	9, // 0: agentiso.v1.InfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	0, // 1: agentiso.v1.Check.verdict:type_name -> agentiso.v1.Check.Verdict
+	5, // 2: agentiso.v1.DoctorResponse.checks:type_name -> agentiso.v1.Check
+	2, // 3: agentiso.v1.SystemService.Info:input_type -> agentiso.v1.InfoRequest
+	4, // 4: agentiso.v1.SystemService.Doctor:input_type -> agentiso.v1.DoctorRequest
+	7, // 5: agentiso.v1.SystemService.Shutdown:input_type -> agentiso.v1.ShutdownRequest
+	3, // 6: agentiso.v1.SystemService.Info:output_type -> agentiso.v1.InfoResponse
+	6, // 7: agentiso.v1.SystemService.Doctor:output_type -> agentiso.v1.DoctorResponse
+	8, // 8: agentiso.v1.SystemService.Shutdown:output_type -> agentiso.v1.ShutdownResponse
+	6, // [6:9] is the sub-list for method output_type
+	3, // [3:6] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_agentiso_v1_system_proto_init() }

@@ -117,9 +117,11 @@ type Workspace struct {
 	Mac           string `protobuf:"bytes,32,opt,name=mac,proto3" json:"mac,omitempty"`
 	AllowInternet bool   `protobuf:"varint,33,opt,name=allow_internet,json=allowInternet,proto3" json:"allow_internet,omitempty"`
 	// The machine, while there is one.
-	MachinePid    int64  `protobuf:"varint,40,opt,name=machine_pid,json=machinePid,proto3" json:"machine_pid,omitempty"`
-	Accelerator   string `protobuf:"bytes,41,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
-	Link          string `protobuf:"bytes,42,opt,name=link,proto3" json:"link,omitempty"`
+	MachinePid  int64  `protobuf:"varint,40,opt,name=machine_pid,json=machinePid,proto3" json:"machine_pid,omitempty"`
+	Accelerator string `protobuf:"bytes,41,opt,name=accelerator,proto3" json:"accelerator,omitempty"`
+	Link        string `protobuf:"bytes,42,opt,name=link,proto3" json:"link,omitempty"`
+	// ephemeral workspaces live no longer than the Hold call that made them.
+	Ephemeral     bool `protobuf:"varint,50,opt,name=ephemeral,proto3" json:"ephemeral,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -320,6 +322,13 @@ func (x *Workspace) GetLink() string {
 		return x.Link
 	}
 	return ""
+}
+
+func (x *Workspace) GetEphemeral() bool {
+	if x != nil {
+		return x.Ephemeral
+	}
+	return false
 }
 
 type Step struct {
@@ -618,6 +627,102 @@ func (x *CreateResponse) GetTimings() *Timings {
 	return nil
 }
 
+type HoldRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Create        *CreateRequest         `protobuf:"bytes,1,opt,name=create,proto3" json:"create,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldRequest) Reset() {
+	*x = HoldRequest{}
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldRequest) ProtoMessage() {}
+
+func (x *HoldRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldRequest.ProtoReflect.Descriptor instead.
+func (*HoldRequest) Descriptor() ([]byte, []int) {
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HoldRequest) GetCreate() *CreateRequest {
+	if x != nil {
+		return x.Create
+	}
+	return nil
+}
+
+type HoldResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Workspace     *Workspace             `protobuf:"bytes,1,opt,name=workspace,proto3" json:"workspace,omitempty"`
+	Timings       *Timings               `protobuf:"bytes,2,opt,name=timings,proto3" json:"timings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldResponse) Reset() {
+	*x = HoldResponse{}
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldResponse) ProtoMessage() {}
+
+func (x *HoldResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldResponse.ProtoReflect.Descriptor instead.
+func (*HoldResponse) Descriptor() ([]byte, []int) {
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *HoldResponse) GetWorkspace() *Workspace {
+	if x != nil {
+		return x.Workspace
+	}
+	return nil
+}
+
+func (x *HoldResponse) GetTimings() *Timings {
+	if x != nil {
+		return x.Timings
+	}
+	return nil
+}
+
 type GetRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ref           string                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
@@ -627,7 +732,7 @@ type GetRequest struct {
 
 func (x *GetRequest) Reset() {
 	*x = GetRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[5]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -639,7 +744,7 @@ func (x *GetRequest) String() string {
 func (*GetRequest) ProtoMessage() {}
 
 func (x *GetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[5]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -652,7 +757,7 @@ func (x *GetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
 func (*GetRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{5}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetRequest) GetRef() string {
@@ -671,7 +776,7 @@ type GetResponse struct {
 
 func (x *GetResponse) Reset() {
 	*x = GetResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[6]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -683,7 +788,7 @@ func (x *GetResponse) String() string {
 func (*GetResponse) ProtoMessage() {}
 
 func (x *GetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[6]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -696,7 +801,7 @@ func (x *GetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
 func (*GetResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{6}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetResponse) GetWorkspace() *Workspace {
@@ -714,7 +819,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[7]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -726,7 +831,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[7]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -739,7 +844,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{7}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{9}
 }
 
 type ListResponse struct {
@@ -751,7 +856,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[8]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +868,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[8]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +881,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{8}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListResponse) GetWorkspaces() []*Workspace {
@@ -797,7 +902,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[9]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +914,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[9]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +927,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{9}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StopRequest) GetRef() string {
@@ -848,7 +953,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[10]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -860,7 +965,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[10]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -873,7 +978,7 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{10}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StopResponse) GetWorkspace() *Workspace {
@@ -892,7 +997,7 @@ type StartRequest struct {
 
 func (x *StartRequest) Reset() {
 	*x = StartRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[11]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -904,7 +1009,7 @@ func (x *StartRequest) String() string {
 func (*StartRequest) ProtoMessage() {}
 
 func (x *StartRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[11]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -917,7 +1022,7 @@ func (x *StartRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRequest.ProtoReflect.Descriptor instead.
 func (*StartRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{11}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StartRequest) GetRef() string {
@@ -937,7 +1042,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[12]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1054,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[12]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +1067,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{12}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StartResponse) GetWorkspace() *Workspace {
@@ -988,7 +1093,7 @@ type DestroyRequest struct {
 
 func (x *DestroyRequest) Reset() {
 	*x = DestroyRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[13]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1000,7 +1105,7 @@ func (x *DestroyRequest) String() string {
 func (*DestroyRequest) ProtoMessage() {}
 
 func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[13]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1013,7 +1118,7 @@ func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyRequest.ProtoReflect.Descriptor instead.
 func (*DestroyRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{13}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DestroyRequest) GetRef() string {
@@ -1032,7 +1137,7 @@ type DestroyResponse struct {
 
 func (x *DestroyResponse) Reset() {
 	*x = DestroyResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[14]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1044,7 +1149,7 @@ func (x *DestroyResponse) String() string {
 func (*DestroyResponse) ProtoMessage() {}
 
 func (x *DestroyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[14]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1057,7 +1162,7 @@ func (x *DestroyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyResponse.ProtoReflect.Descriptor instead.
 func (*DestroyResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{14}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DestroyResponse) GetId() string {
@@ -1077,7 +1182,7 @@ type RenameRequest struct {
 
 func (x *RenameRequest) Reset() {
 	*x = RenameRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[15]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1194,7 @@ func (x *RenameRequest) String() string {
 func (*RenameRequest) ProtoMessage() {}
 
 func (x *RenameRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[15]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1207,7 @@ func (x *RenameRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameRequest.ProtoReflect.Descriptor instead.
 func (*RenameRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{15}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RenameRequest) GetRef() string {
@@ -1128,7 +1233,7 @@ type RenameResponse struct {
 
 func (x *RenameResponse) Reset() {
 	*x = RenameResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[16]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1140,7 +1245,7 @@ func (x *RenameResponse) String() string {
 func (*RenameResponse) ProtoMessage() {}
 
 func (x *RenameResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[16]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1153,7 +1258,7 @@ func (x *RenameResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameResponse.ProtoReflect.Descriptor instead.
 func (*RenameResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{16}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RenameResponse) GetWorkspace() *Workspace {
@@ -1175,7 +1280,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[17]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +1292,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[17]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +1305,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{17}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LogsRequest) GetRef() string {
@@ -1233,7 +1338,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[18]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1245,7 +1350,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[18]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1258,7 +1363,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{18}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -1277,7 +1382,7 @@ type StatsRequest struct {
 
 func (x *StatsRequest) Reset() {
 	*x = StatsRequest{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[19]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1394,7 @@ func (x *StatsRequest) String() string {
 func (*StatsRequest) ProtoMessage() {}
 
 func (x *StatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[19]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1407,7 @@ func (x *StatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsRequest.ProtoReflect.Descriptor instead.
 func (*StatsRequest) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{19}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StatsRequest) GetRef() string {
@@ -1332,7 +1437,7 @@ type StatsResponse struct {
 
 func (x *StatsResponse) Reset() {
 	*x = StatsResponse{}
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[20]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1449,7 @@ func (x *StatsResponse) String() string {
 func (*StatsResponse) ProtoMessage() {}
 
 func (x *StatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agentiso_v1_workspace_proto_msgTypes[20]
+	mi := &file_agentiso_v1_workspace_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1462,7 @@ func (x *StatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatsResponse.ProtoReflect.Descriptor instead.
 func (*StatsResponse) Descriptor() ([]byte, []int) {
-	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{20}
+	return file_agentiso_v1_workspace_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StatsResponse) GetUptimeNs() int64 {
@@ -1434,7 +1539,7 @@ var File_agentiso_v1_workspace_proto protoreflect.FileDescriptor
 
 const file_agentiso_v1_workspace_proto_rawDesc = "" +
 	"\n" +
-	"\x1bagentiso/v1/workspace.proto\x12\vagentiso.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd0\x06\n" +
+	"\x1bagentiso/v1/workspace.proto\x12\vagentiso.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xee\x06\n" +
 	"\tWorkspace\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x121\n" +
@@ -1465,7 +1570,8 @@ const file_agentiso_v1_workspace_proto_rawDesc = "" +
 	"\vmachine_pid\x18( \x01(\x03R\n" +
 	"machinePid\x12 \n" +
 	"\vaccelerator\x18) \x01(\tR\vaccelerator\x12\x12\n" +
-	"\x04link\x18* \x01(\tR\x04link\x1a>\n" +
+	"\x04link\x18* \x01(\tR\x04link\x12\x1c\n" +
+	"\tephemeral\x182 \x01(\bR\tephemeral\x1a>\n" +
 	"\x10EnvironmentEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\";\n" +
@@ -1496,6 +1602,11 @@ const file_agentiso_v1_workspace_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"v\n" +
 	"\x0eCreateResponse\x124\n" +
+	"\tworkspace\x18\x01 \x01(\v2\x16.agentiso.v1.WorkspaceR\tworkspace\x12.\n" +
+	"\atimings\x18\x02 \x01(\v2\x14.agentiso.v1.TimingsR\atimings\"A\n" +
+	"\vHoldRequest\x122\n" +
+	"\x06create\x18\x01 \x01(\v2\x1a.agentiso.v1.CreateRequestR\x06create\"t\n" +
+	"\fHoldResponse\x124\n" +
 	"\tworkspace\x18\x01 \x01(\v2\x16.agentiso.v1.WorkspaceR\tworkspace\x12.\n" +
 	"\atimings\x18\x02 \x01(\v2\x14.agentiso.v1.TimingsR\atimings\"\x1e\n" +
 	"\n" +
@@ -1556,9 +1667,10 @@ const file_agentiso_v1_workspace_proto_rawDesc = "" +
 	"\x17WORKSPACE_STATE_STOPPED\x10\x04\x12\x1c\n" +
 	"\x18WORKSPACE_STATE_STARTING\x10\x05\x12\x1a\n" +
 	"\x16WORKSPACE_STATE_FAILED\x10\x06\x12\x1e\n" +
-	"\x1aWORKSPACE_STATE_DESTROYING\x10\a2\xd1\x04\n" +
+	"\x1aWORKSPACE_STATE_DESTROYING\x10\a2\x90\x05\n" +
 	"\x10WorkspaceService\x12A\n" +
-	"\x06Create\x12\x1a.agentiso.v1.CreateRequest\x1a\x1b.agentiso.v1.CreateResponse\x128\n" +
+	"\x06Create\x12\x1a.agentiso.v1.CreateRequest\x1a\x1b.agentiso.v1.CreateResponse\x12=\n" +
+	"\x04Hold\x12\x18.agentiso.v1.HoldRequest\x1a\x19.agentiso.v1.HoldResponse0\x01\x128\n" +
 	"\x03Get\x12\x17.agentiso.v1.GetRequest\x1a\x18.agentiso.v1.GetResponse\x12;\n" +
 	"\x04List\x12\x18.agentiso.v1.ListRequest\x1a\x19.agentiso.v1.ListResponse\x12;\n" +
 	"\x04Stop\x12\x18.agentiso.v1.StopRequest\x1a\x19.agentiso.v1.StopResponse\x12>\n" +
@@ -1581,7 +1693,7 @@ func file_agentiso_v1_workspace_proto_rawDescGZIP() []byte {
 }
 
 var file_agentiso_v1_workspace_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_agentiso_v1_workspace_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_agentiso_v1_workspace_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_agentiso_v1_workspace_proto_goTypes = []any{
 	(WorkspaceState)(0),           // 0: agentiso.v1.WorkspaceState
 	(*Workspace)(nil),             // 1: agentiso.v1.Workspace
@@ -1589,64 +1701,71 @@ var file_agentiso_v1_workspace_proto_goTypes = []any{
 	(*Timings)(nil),               // 3: agentiso.v1.Timings
 	(*CreateRequest)(nil),         // 4: agentiso.v1.CreateRequest
 	(*CreateResponse)(nil),        // 5: agentiso.v1.CreateResponse
-	(*GetRequest)(nil),            // 6: agentiso.v1.GetRequest
-	(*GetResponse)(nil),           // 7: agentiso.v1.GetResponse
-	(*ListRequest)(nil),           // 8: agentiso.v1.ListRequest
-	(*ListResponse)(nil),          // 9: agentiso.v1.ListResponse
-	(*StopRequest)(nil),           // 10: agentiso.v1.StopRequest
-	(*StopResponse)(nil),          // 11: agentiso.v1.StopResponse
-	(*StartRequest)(nil),          // 12: agentiso.v1.StartRequest
-	(*StartResponse)(nil),         // 13: agentiso.v1.StartResponse
-	(*DestroyRequest)(nil),        // 14: agentiso.v1.DestroyRequest
-	(*DestroyResponse)(nil),       // 15: agentiso.v1.DestroyResponse
-	(*RenameRequest)(nil),         // 16: agentiso.v1.RenameRequest
-	(*RenameResponse)(nil),        // 17: agentiso.v1.RenameResponse
-	(*LogsRequest)(nil),           // 18: agentiso.v1.LogsRequest
-	(*LogsResponse)(nil),          // 19: agentiso.v1.LogsResponse
-	(*StatsRequest)(nil),          // 20: agentiso.v1.StatsRequest
-	(*StatsResponse)(nil),         // 21: agentiso.v1.StatsResponse
-	nil,                           // 22: agentiso.v1.Workspace.EnvironmentEntry
-	nil,                           // 23: agentiso.v1.CreateRequest.EnvironmentEntry
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*HoldRequest)(nil),           // 6: agentiso.v1.HoldRequest
+	(*HoldResponse)(nil),          // 7: agentiso.v1.HoldResponse
+	(*GetRequest)(nil),            // 8: agentiso.v1.GetRequest
+	(*GetResponse)(nil),           // 9: agentiso.v1.GetResponse
+	(*ListRequest)(nil),           // 10: agentiso.v1.ListRequest
+	(*ListResponse)(nil),          // 11: agentiso.v1.ListResponse
+	(*StopRequest)(nil),           // 12: agentiso.v1.StopRequest
+	(*StopResponse)(nil),          // 13: agentiso.v1.StopResponse
+	(*StartRequest)(nil),          // 14: agentiso.v1.StartRequest
+	(*StartResponse)(nil),         // 15: agentiso.v1.StartResponse
+	(*DestroyRequest)(nil),        // 16: agentiso.v1.DestroyRequest
+	(*DestroyResponse)(nil),       // 17: agentiso.v1.DestroyResponse
+	(*RenameRequest)(nil),         // 18: agentiso.v1.RenameRequest
+	(*RenameResponse)(nil),        // 19: agentiso.v1.RenameResponse
+	(*LogsRequest)(nil),           // 20: agentiso.v1.LogsRequest
+	(*LogsResponse)(nil),          // 21: agentiso.v1.LogsResponse
+	(*StatsRequest)(nil),          // 22: agentiso.v1.StatsRequest
+	(*StatsResponse)(nil),         // 23: agentiso.v1.StatsResponse
+	nil,                           // 24: agentiso.v1.Workspace.EnvironmentEntry
+	nil,                           // 25: agentiso.v1.CreateRequest.EnvironmentEntry
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
 }
 var file_agentiso_v1_workspace_proto_depIdxs = []int32{
 	0,  // 0: agentiso.v1.Workspace.state:type_name -> agentiso.v1.WorkspaceState
-	24, // 1: agentiso.v1.Workspace.create_time:type_name -> google.protobuf.Timestamp
-	24, // 2: agentiso.v1.Workspace.start_time:type_name -> google.protobuf.Timestamp
-	22, // 3: agentiso.v1.Workspace.environment:type_name -> agentiso.v1.Workspace.EnvironmentEntry
+	26, // 1: agentiso.v1.Workspace.create_time:type_name -> google.protobuf.Timestamp
+	26, // 2: agentiso.v1.Workspace.start_time:type_name -> google.protobuf.Timestamp
+	24, // 3: agentiso.v1.Workspace.environment:type_name -> agentiso.v1.Workspace.EnvironmentEntry
 	2,  // 4: agentiso.v1.Timings.steps:type_name -> agentiso.v1.Step
-	23, // 5: agentiso.v1.CreateRequest.environment:type_name -> agentiso.v1.CreateRequest.EnvironmentEntry
+	25, // 5: agentiso.v1.CreateRequest.environment:type_name -> agentiso.v1.CreateRequest.EnvironmentEntry
 	1,  // 6: agentiso.v1.CreateResponse.workspace:type_name -> agentiso.v1.Workspace
 	3,  // 7: agentiso.v1.CreateResponse.timings:type_name -> agentiso.v1.Timings
-	1,  // 8: agentiso.v1.GetResponse.workspace:type_name -> agentiso.v1.Workspace
-	1,  // 9: agentiso.v1.ListResponse.workspaces:type_name -> agentiso.v1.Workspace
-	1,  // 10: agentiso.v1.StopResponse.workspace:type_name -> agentiso.v1.Workspace
-	1,  // 11: agentiso.v1.StartResponse.workspace:type_name -> agentiso.v1.Workspace
-	3,  // 12: agentiso.v1.StartResponse.timings:type_name -> agentiso.v1.Timings
-	1,  // 13: agentiso.v1.RenameResponse.workspace:type_name -> agentiso.v1.Workspace
-	4,  // 14: agentiso.v1.WorkspaceService.Create:input_type -> agentiso.v1.CreateRequest
-	6,  // 15: agentiso.v1.WorkspaceService.Get:input_type -> agentiso.v1.GetRequest
-	8,  // 16: agentiso.v1.WorkspaceService.List:input_type -> agentiso.v1.ListRequest
-	10, // 17: agentiso.v1.WorkspaceService.Stop:input_type -> agentiso.v1.StopRequest
-	12, // 18: agentiso.v1.WorkspaceService.Start:input_type -> agentiso.v1.StartRequest
-	14, // 19: agentiso.v1.WorkspaceService.Destroy:input_type -> agentiso.v1.DestroyRequest
-	16, // 20: agentiso.v1.WorkspaceService.Rename:input_type -> agentiso.v1.RenameRequest
-	18, // 21: agentiso.v1.WorkspaceService.Logs:input_type -> agentiso.v1.LogsRequest
-	20, // 22: agentiso.v1.WorkspaceService.Stats:input_type -> agentiso.v1.StatsRequest
-	5,  // 23: agentiso.v1.WorkspaceService.Create:output_type -> agentiso.v1.CreateResponse
-	7,  // 24: agentiso.v1.WorkspaceService.Get:output_type -> agentiso.v1.GetResponse
-	9,  // 25: agentiso.v1.WorkspaceService.List:output_type -> agentiso.v1.ListResponse
-	11, // 26: agentiso.v1.WorkspaceService.Stop:output_type -> agentiso.v1.StopResponse
-	13, // 27: agentiso.v1.WorkspaceService.Start:output_type -> agentiso.v1.StartResponse
-	15, // 28: agentiso.v1.WorkspaceService.Destroy:output_type -> agentiso.v1.DestroyResponse
-	17, // 29: agentiso.v1.WorkspaceService.Rename:output_type -> agentiso.v1.RenameResponse
-	19, // 30: agentiso.v1.WorkspaceService.Logs:output_type -> agentiso.v1.LogsResponse
-	21, // 31: agentiso.v1.WorkspaceService.Stats:output_type -> agentiso.v1.StatsResponse
-	23, // [23:32] is the sub-list for method output_type
-	14, // [14:23] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	4,  // 8: agentiso.v1.HoldRequest.create:type_name -> agentiso.v1.CreateRequest
+	1,  // 9: agentiso.v1.HoldResponse.workspace:type_name -> agentiso.v1.Workspace
+	3,  // 10: agentiso.v1.HoldResponse.timings:type_name -> agentiso.v1.Timings
+	1,  // 11: agentiso.v1.GetResponse.workspace:type_name -> agentiso.v1.Workspace
+	1,  // 12: agentiso.v1.ListResponse.workspaces:type_name -> agentiso.v1.Workspace
+	1,  // 13: agentiso.v1.StopResponse.workspace:type_name -> agentiso.v1.Workspace
+	1,  // 14: agentiso.v1.StartResponse.workspace:type_name -> agentiso.v1.Workspace
+	3,  // 15: agentiso.v1.StartResponse.timings:type_name -> agentiso.v1.Timings
+	1,  // 16: agentiso.v1.RenameResponse.workspace:type_name -> agentiso.v1.Workspace
+	4,  // 17: agentiso.v1.WorkspaceService.Create:input_type -> agentiso.v1.CreateRequest
+	6,  // 18: agentiso.v1.WorkspaceService.Hold:input_type -> agentiso.v1.HoldRequest
+	8,  // 19: agentiso.v1.WorkspaceService.Get:input_type -> agentiso.v1.GetRequest
+	10, // 20: agentiso.v1.WorkspaceService.List:input_type -> agentiso.v1.ListRequest
+	12, // 21: agentiso.v1.WorkspaceService.Stop:input_type -> agentiso.v1.StopRequest
+	14, // 22: agentiso.v1.WorkspaceService.Start:input_type -> agentiso.v1.StartRequest
+	16, // 23: agentiso.v1.WorkspaceService.Destroy:input_type -> agentiso.v1.DestroyRequest
+	18, // 24: agentiso.v1.WorkspaceService.Rename:input_type -> agentiso.v1.RenameRequest
+	20, // 25: agentiso.v1.WorkspaceService.Logs:input_type -> agentiso.v1.LogsRequest
+	22, // 26: agentiso.v1.WorkspaceService.Stats:input_type -> agentiso.v1.StatsRequest
+	5,  // 27: agentiso.v1.WorkspaceService.Create:output_type -> agentiso.v1.CreateResponse
+	7,  // 28: agentiso.v1.WorkspaceService.Hold:output_type -> agentiso.v1.HoldResponse
+	9,  // 29: agentiso.v1.WorkspaceService.Get:output_type -> agentiso.v1.GetResponse
+	11, // 30: agentiso.v1.WorkspaceService.List:output_type -> agentiso.v1.ListResponse
+	13, // 31: agentiso.v1.WorkspaceService.Stop:output_type -> agentiso.v1.StopResponse
+	15, // 32: agentiso.v1.WorkspaceService.Start:output_type -> agentiso.v1.StartResponse
+	17, // 33: agentiso.v1.WorkspaceService.Destroy:output_type -> agentiso.v1.DestroyResponse
+	19, // 34: agentiso.v1.WorkspaceService.Rename:output_type -> agentiso.v1.RenameResponse
+	21, // 35: agentiso.v1.WorkspaceService.Logs:output_type -> agentiso.v1.LogsResponse
+	23, // 36: agentiso.v1.WorkspaceService.Stats:output_type -> agentiso.v1.StatsResponse
+	27, // [27:37] is the sub-list for method output_type
+	17, // [17:27] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_agentiso_v1_workspace_proto_init() }
@@ -1660,7 +1779,7 @@ func file_agentiso_v1_workspace_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agentiso_v1_workspace_proto_rawDesc), len(file_agentiso_v1_workspace_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   23,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

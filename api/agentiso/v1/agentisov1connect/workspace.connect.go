@@ -38,6 +38,8 @@ const (
 const (
 	// WorkspaceServiceCreateProcedure is the fully-qualified name of the WorkspaceService's Create RPC.
 	WorkspaceServiceCreateProcedure = "/agentiso.v1.WorkspaceService/Create"
+	// WorkspaceServiceHoldProcedure is the fully-qualified name of the WorkspaceService's Hold RPC.
+	WorkspaceServiceHoldProcedure = "/agentiso.v1.WorkspaceService/Hold"
 	// WorkspaceServiceGetProcedure is the fully-qualified name of the WorkspaceService's Get RPC.
 	WorkspaceServiceGetProcedure = "/agentiso.v1.WorkspaceService/Get"
 	// WorkspaceServiceListProcedure is the fully-qualified name of the WorkspaceService's List RPC.
@@ -62,6 +64,10 @@ type WorkspaceServiceClient interface {
 	// Create makes a workspace and answers when its guest has confirmed its
 	// identity. On any error nothing of it remains.
 	Create(context.Context, *connect.Request[v1.CreateRequest]) (*connect.Response[v1.CreateResponse], error)
+	// Hold makes a workspace that lives as long as this call: it answers once,
+	// as Create does, and when the caller ends the call, goes away or the daemon
+	// ends, the workspace is destroyed.
+	Hold(context.Context, *connect.Request[v1.HoldRequest]) (*connect.ServerStreamForClient[v1.HoldResponse], error)
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
 	List(context.Context, *connect.Request[v1.ListRequest]) (*connect.Response[v1.ListResponse], error)
 	// Stop shuts the guest down and keeps the disk.
@@ -92,6 +98,12 @@ func NewWorkspaceServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			httpClient,
 			baseURL+WorkspaceServiceCreateProcedure,
 			connect.WithSchema(workspaceServiceMethods.ByName("Create")),
+			connect.WithClientOptions(opts...),
+		),
+		hold: connect.NewClient[v1.HoldRequest, v1.HoldResponse](
+			httpClient,
+			baseURL+WorkspaceServiceHoldProcedure,
+			connect.WithSchema(workspaceServiceMethods.ByName("Hold")),
 			connect.WithClientOptions(opts...),
 		),
 		get: connect.NewClient[v1.GetRequest, v1.GetResponse](
@@ -148,6 +160,7 @@ func NewWorkspaceServiceClient(httpClient connect.HTTPClient, baseURL string, op
 // workspaceServiceClient implements WorkspaceServiceClient.
 type workspaceServiceClient struct {
 	create  *connect.Client[v1.CreateRequest, v1.CreateResponse]
+	hold    *connect.Client[v1.HoldRequest, v1.HoldResponse]
 	get     *connect.Client[v1.GetRequest, v1.GetResponse]
 	list    *connect.Client[v1.ListRequest, v1.ListResponse]
 	stop    *connect.Client[v1.StopRequest, v1.StopResponse]
@@ -161,6 +174,11 @@ type workspaceServiceClient struct {
 // Create calls agentiso.v1.WorkspaceService.Create.
 func (c *workspaceServiceClient) Create(ctx context.Context, req *connect.Request[v1.CreateRequest]) (*connect.Response[v1.CreateResponse], error) {
 	return c.create.CallUnary(ctx, req)
+}
+
+// Hold calls agentiso.v1.WorkspaceService.Hold.
+func (c *workspaceServiceClient) Hold(ctx context.Context, req *connect.Request[v1.HoldRequest]) (*connect.ServerStreamForClient[v1.HoldResponse], error) {
+	return c.hold.CallServerStream(ctx, req)
 }
 
 // Get calls agentiso.v1.WorkspaceService.Get.
@@ -208,6 +226,10 @@ type WorkspaceServiceHandler interface {
 	// Create makes a workspace and answers when its guest has confirmed its
 	// identity. On any error nothing of it remains.
 	Create(context.Context, *connect.Request[v1.CreateRequest]) (*connect.Response[v1.CreateResponse], error)
+	// Hold makes a workspace that lives as long as this call: it answers once,
+	// as Create does, and when the caller ends the call, goes away or the daemon
+	// ends, the workspace is destroyed.
+	Hold(context.Context, *connect.Request[v1.HoldRequest], *connect.ServerStream[v1.HoldResponse]) error
 	Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error)
 	List(context.Context, *connect.Request[v1.ListRequest]) (*connect.Response[v1.ListResponse], error)
 	// Stop shuts the guest down and keeps the disk.
@@ -234,6 +256,12 @@ func NewWorkspaceServiceHandler(svc WorkspaceServiceHandler, opts ...connect.Han
 		WorkspaceServiceCreateProcedure,
 		svc.Create,
 		connect.WithSchema(workspaceServiceMethods.ByName("Create")),
+		connect.WithHandlerOptions(opts...),
+	)
+	workspaceServiceHoldHandler := connect.NewServerStreamHandler(
+		WorkspaceServiceHoldProcedure,
+		svc.Hold,
+		connect.WithSchema(workspaceServiceMethods.ByName("Hold")),
 		connect.WithHandlerOptions(opts...),
 	)
 	workspaceServiceGetHandler := connect.NewUnaryHandler(
@@ -288,6 +316,8 @@ func NewWorkspaceServiceHandler(svc WorkspaceServiceHandler, opts ...connect.Han
 		switch r.URL.Path {
 		case WorkspaceServiceCreateProcedure:
 			workspaceServiceCreateHandler.ServeHTTP(w, r)
+		case WorkspaceServiceHoldProcedure:
+			workspaceServiceHoldHandler.ServeHTTP(w, r)
 		case WorkspaceServiceGetProcedure:
 			workspaceServiceGetHandler.ServeHTTP(w, r)
 		case WorkspaceServiceListProcedure:
@@ -315,6 +345,10 @@ type UnimplementedWorkspaceServiceHandler struct{}
 
 func (UnimplementedWorkspaceServiceHandler) Create(context.Context, *connect.Request[v1.CreateRequest]) (*connect.Response[v1.CreateResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("agentiso.v1.WorkspaceService.Create is not implemented"))
+}
+
+func (UnimplementedWorkspaceServiceHandler) Hold(context.Context, *connect.Request[v1.HoldRequest], *connect.ServerStream[v1.HoldResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("agentiso.v1.WorkspaceService.Hold is not implemented"))
 }
 
 func (UnimplementedWorkspaceServiceHandler) Get(context.Context, *connect.Request[v1.GetRequest]) (*connect.Response[v1.GetResponse], error) {
