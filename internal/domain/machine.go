@@ -90,5 +90,6 @@ type Process struct {
 // Exit says how a machine's process ended.
 type Exit struct {
 	At     time.Time
+	Clean  bool   // the guest or its owner meant it to end
 	Reason string // "guest shut down", "killed", QEMU's last words
 }

@@ -49,12 +49,16 @@ type Workspace struct {
 	User        string // default user; "" is the image's
 	Workdir     string // "" is the user's home
 	Policy      NetworkPolicy
+	// Ephemeral: it lives no longer than the client that holds it, and never
+	// past the daemon that made it.
+	Ephemeral bool
 
 	Hostname  string
 	MachineID string // 32 lower-case hexadecimal digits
 	Slot      NetworkSlot
 	Disk      Disk
 	UID       int     // the machine's Unix user when the daemon is root; 0: the daemon's own
+	CID       uint32  // vsock context id, 100 and up; 0 without vsock
 	Machine   Process // zero without a machine
 }
 

@@ -74,6 +74,8 @@ type Consoles interface {
 	Follow(ctx context.Context, id string, tailBytes int64, fn func([]byte) error) error
 	// RemoveConsole deletes what is kept of id.
 	RemoveConsole(id string) error
+	// ListConsoles names the ids that have anything kept, for sweeping.
+	ListConsoles(ctx context.Context) ([]string, error)
 }
 
 // Guests reaches the agents inside machines.
