@@ -92,6 +92,7 @@ func (s *Service) Create(ctx context.Context, o CreateOptions) (_ *domain.Worksp
 	if err := g.Wait(); err != nil {
 		return nil, Timings{}, fmt.Errorf("create workspace %s: %w", w.Name, err)
 	}
+	u.Push("console", func(context.Context) error { return s.o.Consoles.RemoveConsole(w.ID) })
 	if err := s.bringUp(ctx, c, &u, w, boot); err != nil {
 		return nil, Timings{}, fmt.Errorf("create workspace %s: %w", w.Name, err)
 	}
