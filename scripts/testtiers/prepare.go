@@ -1,0 +1,56 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+)
+
+// prepareVM makes what the vm tier's tests share, with the product's own
+// commands: kernels and images, kept by digest below the user's cache
+// directory, so that a second run makes nothing.
+func prepareVM() error {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return err
+	}
+	cache = filepath.Join(cache, "agentiso-test")
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return err
+	}
+	run, err := os.MkdirTemp("", "agentiso-test-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(run)
+	config := filepath.Join(run, "config.toml")
+	text := fmt.Sprintf("[server]\ndata_dir = %q\nrun_dir = %q\n", cache, run)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		return err
+	}
+	agentiso := func(args ...string) error {
+		cmd := exec.Command("bin/agentiso", append([]string{"--config", config}, args...)...)
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("agentiso %v: %w", args, err)
+		}
+		return nil
+	}
+	if err := agentiso("up"); err != nil {
+		return err
+	}
+	defer agentiso("down") //nolint:errcheck // the daemon holds nothing but the cache
+	for _, args := range [][]string{
+		{"kernel", "fetch"},
+		{"kernel", "build"},
+		{"image", "build", "minimal"},
+		{"image", "build", "dev"},
+		{"image", "build", "systemd"},
+	} {
+		if err := agentiso(args...); err != nil {
+			return err
+		}
+	}
+	return os.Setenv("AGENTISO_TEST_DATA", cache)
+}
