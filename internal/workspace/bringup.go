@@ -95,7 +95,7 @@ func (s *Service) awaitAgent(ctx context.Context, w *domain.Workspace) error {
 		}
 	case <-ended:
 		cancel()
-		<-answered
+		<-answered //nolint:errcheck // the exit says more than the cut-off call
 	}
 	return s.bootFault(w, "its machine ended: "+s.o.Machines.Exit(w.ID).Reason, nil)
 }

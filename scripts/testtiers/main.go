@@ -13,6 +13,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -182,7 +183,7 @@ var testFunc = regexp.MustCompile(`(?m)^func (Test\w+)\(`)
 // testFiles lists each package's test files.
 func testFiles(flags ...string) (map[string][]string, error) {
 	args := append([]string{"list"}, flags...)
-	out, err := exec.Command("go", append(args, "-json=ImportPath,Dir,TestGoFiles,XTestGoFiles", "./...")...).Output()
+	out, err := exec.CommandContext(context.Background(), "go", append(args, "-json=ImportPath,Dir,TestGoFiles,XTestGoFiles", "./...")...).Output()
 	if err != nil {
 		return nil, err
 	}
@@ -209,7 +210,7 @@ func (r *result) run(t tier, one run) {
 	if one.pattern != "" {
 		args = append(args, "-run", one.pattern)
 	}
-	cmd := exec.Command("go", append(args, one.packages)...)
+	cmd := exec.CommandContext(context.Background(), "go", append(args, one.packages)...)
 	cmd.Stderr = os.Stderr
 	cmd.Env = append(os.Environ(), "AGENTISO_TEST_BIN="+absolute("bin"))
 	out, err := cmd.StdoutPipe()

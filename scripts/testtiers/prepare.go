@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -30,7 +31,7 @@ func prepareVM() error {
 		return err
 	}
 	agentiso := func(args ...string) error {
-		cmd := exec.Command("bin/agentiso", append([]string{"--config", config}, args...)...)
+		cmd := exec.CommandContext(context.Background(), "bin/agentiso", append([]string{"--config", config}, args...)...)
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 		if err := cmd.Run(); err != nil {
 			return fmt.Errorf("agentiso %v: %w", args, err)
