@@ -1,0 +1,172 @@
+package link
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/agentiso/agentiso/internal/link/wire"
+)
+
+const (
+	// staleLimit is how many bytes before the answer to a hello are skipped.
+	// The guest's virtqueue holds at most 128 writes of 32 KiB.
+	staleLimit = 8 << 20
+	// firstResend and lastResend bound the wait for an answer before the next
+	// hellos go out; it doubles.
+	firstResend = 5 * time.Millisecond
+	lastResend  = 100 * time.Millisecond
+	// helloWrite bounds one write of hellos: a guest that does not read yet
+	// must not keep the host from listening.
+	helloWrite = 20 * time.Millisecond
+	// readAhead is the buffer between socket and guard. 64 KiB is about what
+	// the kernel hands over at once.
+	readAhead = 64 << 10
+)
+
+// fullDrain is how many copies of a hello it takes to feed a stale guest to
+// the end of a frame of which it has seen only the header.
+const fullDrain = (wire.MaxBody+wire.HeaderSize)/wire.FrameSize + 2
+
+// channel is a serial link's connection after its handshake.
+type channel struct {
+	net.Conn
+	r *bufio.Reader
+}
+
+func (c *channel) Read(p []byte) (int, error) { return c.r.Read(p) }
+
+// WriteFrame writes a frame in one system call.
+func (c *channel) WriteFrame(hdr, body []byte) error {
+	bufs := net.Buffers{hdr, body}
+	_, err := bufs.WriteTo(c.Conn)
+	return err
+}
+
+// dialSerial connects to the Unix socket at path and brings the agent to the
+// beginning of mode. It takes as long as ctx lets it: an agent that is still
+// booting answers when it is up.
+func dialSerial(ctx context.Context, path string, mode wire.Mode, size int64) (*channel, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	c := &channel{conn, bufio.NewReaderSize(conn, readAhead)}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	err = handshake(ctx, c, mode, size)
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// errSilent is what stands in the way while no hello is answered.
+var errSilent = errors.New("its port is open but nothing answers")
+
+func handshake(ctx context.Context, c *channel, mode wire.Mode, size int64) error {
+	f := wire.Frame{Kind: wire.Hello, Mode: mode, Version: wire.Version, Size: size}
+	rand.Read(f.Nonce[:]) //nolint:errcheck // it cannot fail, see its documentation
+	scan := wire.NewScanner(c.r, staleLimit)
+
+	hello := f.Append(nil)
+	wait, copies := firstResend, 1
+	for answered := false; !answered; {
+		if unread(c.Conn) == 0 {
+			if err := sendHellos(c.Conn, hello, copies); err != nil {
+				return err
+			}
+			copies = min(copies*4, fullDrain)
+		}
+		var err error
+		answered, err = awaitFrame(c, scan, f, wire.Welcome, time.Now().Add(wait))
+		switch {
+		case err != nil && ctx.Err() != nil:
+			return fmt.Errorf("%w: %w", ctx.Err(), errSilent)
+		case err != nil:
+			return err
+		}
+		wait = min(2*wait, lastResend)
+	}
+	// From here on the guest reads what the host sends next, so that there is
+	// nothing to resend, and ctx bounds the wait.
+	f.Kind = wire.Start
+	if _, err := c.Conn.Write(f.Append(nil)); err != nil {
+		return err
+	}
+	if _, err := awaitFrame(c, scan, f, wire.Started, time.Time{}); err != nil {
+		return err
+	}
+	return c.SetDeadline(time.Time{})
+}
+
+// awaitFrame skips to the frame of that kind with f's nonce. It reports false
+// if the deadline passes first.
+func awaitFrame(c *channel, scan *wire.Scanner, f wire.Frame, kind wire.Kind, deadline time.Time) (bool, error) {
+	if err := c.SetDeadline(deadline); err != nil {
+		return false, err
+	}
+	for {
+		got, err := scan.Next()
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return false, nil
+		case errors.Is(err, wire.ErrTooMuch):
+			return false, &wire.Violation{Detail: err.Error()}
+		case err != nil:
+			return false, err
+		}
+		if got.Kind != kind || got.Nonce != f.Nonce {
+			continue // of an earlier session
+		}
+		if got.Version != wire.Version {
+			return false, &wire.Violation{Detail: fmt.Sprintf("it speaks version %d, this daemon version %d", got.Version, wire.Version)}
+		}
+		return true, nil
+	}
+}
+
+// sendHellos writes copies hellos, or as much as goes.
+func sendHellos(c net.Conn, hello []byte, copies int) error {
+	b := make([]byte, 0, copies*len(hello))
+	for range copies {
+		b = append(b, hello...)
+	}
+	if err := c.SetWriteDeadline(time.Now().Add(helloWrite)); err != nil {
+		return err
+	}
+	if _, err := c.Write(b); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	return nil
+}
+
+// unread returns how many bytes QEMU has not read yet; 0 when that is not
+// known. While the guest has not opened its port QEMU reads nothing, and
+// hellos would only pile up.
+func unread(c net.Conn) int {
+	uc, ok := c.(*net.UnixConn)
+	if !ok {
+		return 0
+	}
+	rc, err := uc.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	var n int
+	if rc.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) }) != nil || err != nil {
+		return 0
+	}
+	return n
+}
