@@ -48,7 +48,7 @@ type rigOptions struct {
 	noTrees bool
 }
 
-func newRig(t *testing.T, o rigOptions) *rig {
+func newRig(t testing.TB, o rigOptions) *rig {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("missing capability: root")
@@ -91,7 +91,7 @@ func newRig(t *testing.T, o rigOptions) *rig {
 }
 
 // testWriter logs into the test.
-type testWriter struct{ t *testing.T }
+type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(b []byte) (int, error) {
 	w.t.Log(strings.TrimSpace(string(b)))
@@ -109,7 +109,7 @@ type running struct {
 	cancel context.CancelFunc
 }
 
-func (r *rig) begin(t *testing.T, req *process.StartRequest) *running {
+func (r *rig) begin(t testing.TB, req *process.StartRequest) *running {
 	t.Helper()
 	run, err := r.tryBegin(t, connect.NewRequest(req))
 	if err != nil {
@@ -118,7 +118,7 @@ func (r *rig) begin(t *testing.T, req *process.StartRequest) *running {
 	return run
 }
 
-func (r *rig) tryBegin(t *testing.T, req *connect.Request[process.StartRequest]) (*running, error) {
+func (r *rig) tryBegin(t testing.TB, req *connect.Request[process.StartRequest]) (*running, error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
@@ -181,7 +181,7 @@ func (run *running) until(t *testing.T, want string) result {
 	return res
 }
 
-func (r *rig) run(t *testing.T, req *process.StartRequest) result {
+func (r *rig) run(t testing.TB, req *process.StartRequest) result {
 	t.Helper()
 	run, err := r.tryBegin(t, connect.NewRequest(req))
 	if err != nil {
@@ -762,6 +762,23 @@ func TestTooMany(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.wait()
+	if res := r.run(t, sh("echo ok")); res.stdout != "ok\n" {
+		t.Errorf("%+v", res)
+	}
+}
+
+// Starts that wait for a file system that does not answer take a bounded number
+// of threads, and the next one is told in time.
+func TestStartsThatHang(t *testing.T) {
+	r := newRig(t, rigOptions{})
+	for range maxStarting {
+		r.starting <- struct{}{}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	_, _, err := r.start(ctx, sh("true"))
+	wantCode(t, err, connect.CodeDeadlineExceeded, "")
+	<-r.starting
 	if res := r.run(t, sh("echo ok")); res.stdout != "ok\n" {
 		t.Errorf("%+v", res)
 	}
