@@ -1,0 +1,77 @@
+package guest
+
+import (
+	"encoding/json"
+	"net/http"
+
+	"connectrpc.com/connect"
+
+	"github.com/agentiso/agentiso/internal/guest/access"
+	"github.com/agentiso/agentiso/internal/guest/users"
+)
+
+// token lets a call through that shows the workspace's access token, or any
+// when there is none.
+func (s *Server) token(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := access.CheckToken(r, s.opt.Identity.Current().AccessToken); err != nil {
+			s.refuse(w, r, err)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// user finds the user of a call and puts it into the context.
+func (s *Server) user(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		u, err := s.caller(r)
+		if err != nil {
+			s.refuse(w, r, err)
+			return
+		}
+		h.ServeHTTP(w, r.WithContext(users.NewContext(r.Context(), u)))
+	})
+}
+
+func (s *Server) caller(r *http.Request) (users.User, error) {
+	name, err := access.User(r)
+	if err != nil {
+		return users.User{}, err
+	}
+	return s.lookup(name)
+}
+
+// lookup finds a user; the empty name is the default user.
+func (s *Server) lookup(name string) (users.User, error) {
+	if name == "" {
+		name = s.opt.Identity.Current().DefaultUser
+	}
+	if name == "" {
+		name = "root"
+	}
+	return s.opt.Accounts.Lookup(name)
+}
+
+// refuse answers 401 in the form that the caller's protocol has for it.
+func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	if s.errors.IsSupported(r) {
+		_ = s.errors.Write(w, r, connect.NewError(connect.CodeUnauthenticated, err))
+		return
+	}
+	writeError(w, http.StatusUnauthorized, err.Error())
+}
+
+func writeError(w http.ResponseWriter, status int, msg string) {
+	writeJSON(w, status, struct {
+		Code    int    `json:"code"`
+		Message string `json:"message"`
+	}{status, msg})
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v)
+}
