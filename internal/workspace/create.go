@@ -154,7 +154,7 @@ func (s *Service) plan(ctx context.Context, o CreateOptions) (*domain.Workspace,
 	if err != nil {
 		return fail(err)
 	}
-	boot, err := s.o.Images.Boot(ctx, o.Kernel)
+	boot, err := s.o.Images.Boot(ctx, or(o.Kernel, s.o.DefaultKernel))
 	if err != nil {
 		return fail(err)
 	}

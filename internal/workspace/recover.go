@@ -144,6 +144,10 @@ func (s *Service) sweep(ctx context.Context) error {
 			if known[id] {
 				continue
 			}
+			if s.o.KeepStrays {
+				s.o.Log.Warn("found what belongs to nobody, and keep it because the records are new", "op", "recover", "kind", kind.name, "workspace", id)
+				continue
+			}
 			if err := kind.remove(ctx, id); err != nil {
 				errs = append(errs, fmt.Errorf("remove %s %s: %w", kind.name, id, err))
 				continue

@@ -62,14 +62,20 @@ type Options struct {
 	Records  Records
 	Recorder Recorder
 
-	Limits      Limits
-	DefaultInit string          // "fast" or "image"
-	Link        domain.LinkKind // how machines are linked
-	BootTimeout time.Duration   // of a cold boot, from QEMU's start to the agent's answer
+	Limits Limits
+	// DefaultKernel is the kernel of who names none; "" is the kernel store's.
+	DefaultKernel string
+	DefaultInit   string          // "fast" or "image"
+	Link          domain.LinkKind // how machines are linked
+	BootTimeout   time.Duration   // of a cold boot, from QEMU's start to the agent's answer
 	// UIDBase and UIDCount are the Unix users that machines run as, one each;
 	// a count of 0 leaves them the daemon's own.
 	UIDBase, UIDCount int
-	Log               *slog.Logger
+	// KeepStrays keeps Recover from removing what no record names: the records
+	// were made just now, and what lies on the host may be all that is left of
+	// workspaces whose records were lost.
+	KeepStrays bool
+	Log        *slog.Logger
 }
 
 // Service creates, starts, stops and destroys workspaces. Its methods may be
