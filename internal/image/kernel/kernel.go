@@ -20,7 +20,7 @@
 // Not its job: starting QEMU, and what the agent does inside (guest/boot).
 //
 // Lock order: Store.work (one fetch or build at a time), then Store.mu (the
-// names). No lock of the second kind is held while anything runs.
+// names). Store.mu is not held while a program runs.
 package kernel
 
 import (
@@ -52,11 +52,14 @@ type Options struct {
 	// instead of the store's: [vm] kernel and initrd of the configuration.
 	KernelPath string
 	InitrdPath string
-	// Keyring verifies the distribution's package lists for the lean kernel's
-	// source; "" is the one that the host's own sources name, or else
-	// Debian's usual one.
+	// Keyring is the path of the key ring that verifies the lists of the lean
+	// kernel's source; "" is the one that the host's own source of the same
+	// archive names, or apt's trusted keys.
 	Keyring string
-	Log     *slog.Logger
+	// Mirror is the URI of a Debian archive for the lean kernel's source, for
+	// hosts whose own sources name none; "" elsewhere.
+	Mirror string
+	Log    *slog.Logger
 }
 
 // Store is the kernels of one data directory. Its methods may be called
@@ -66,11 +69,12 @@ type Store struct {
 	initrd *initrd.Cache
 	log    *slog.Logger
 
-	work sync.Mutex // one fetch or build at a time
-	mu   sync.Mutex // names, default and pruning
+	host host
+	work chan struct{} // one fetch or build at a time; full: somebody is at it
+
+	mu sync.Mutex // names, default and pruning
 	// custom remembers what KernelPath was found to be, by what stat said.
 	custom customKernel
-	tsc    func() int
 }
 
 // Open opens the store in o.Dir, making it if need be, and clears what an
@@ -79,7 +83,7 @@ func Open(o Options) (*Store, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{opt: o, log: o.Log, tsc: sync.OnceValue(hostTSCKHz)}
+	s := &Store{opt: o, log: o.Log, host: realHost(), work: make(chan struct{}, 1)}
 	if err := os.RemoveAll(s.path("tmp")); err != nil {
 		return nil, fmt.Errorf("open kernel store: %w", err)
 	}
@@ -95,6 +99,18 @@ func Open(o Options) (*Store, error) {
 	return s, nil
 }
 
+// acquire waits for the right to fetch or build.
+func (s *Store) acquire(ctx context.Context) error {
+	select {
+	case s.work <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for another fetch or build of a kernel: %w", ctx.Err())
+	}
+}
+
+func (s *Store) letGo() { <-s.work }
+
 func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.opt.Dir}, elem...)...)
 }
@@ -104,8 +120,8 @@ func (s *Store) path(elem ...string) string {
 // kernel wants on its command line. An override of the options comes before the
 // default, and an explicit name before an override.
 //
-// The caller adds console=, agentiso.init and agentiso.link to Append; see
-// [CommandLine].
+// Append is [CommandLine] of the kernel. What depends on the machine (console,
+// accelerator, agentiso.init and agentiso.link) is its owner's to add.
 func (s *Store) Boot(ctx context.Context, name string) (domain.Boot, error) {
 	var k domain.Kernel
 	var mods []initrd.Module
@@ -118,7 +134,7 @@ func (s *Store) Boot(ctx context.Context, name string) (domain.Boot, error) {
 	if err != nil {
 		return domain.Boot{}, err
 	}
-	b := domain.Boot{Kernel: k, Append: CommandLine(k, "", "", s.tsc())}
+	b := domain.Boot{Kernel: k, Append: CommandLine(k)}
 	if s.opt.InitrdPath != "" {
 		if _, err := os.Stat(s.opt.InitrdPath); err != nil {
 			return domain.Boot{}, fault.New(fault.Missing, "initrd %s of the configuration: %w", s.opt.InitrdPath, err).
