@@ -74,7 +74,7 @@ func (s *Service) download(w http.ResponseWriter, r *http.Request) {
 		writeZipped(out, io.MultiReader(bytes.NewReader(buf[:n]), unlessWhole(f, whole)))
 	case whole:
 		http.ServeContent(out, r, "", fi.ModTime(), bytes.NewReader(buf[:n]))
-	case fi.Size() > int64(n):
+	case fi.Size() >= int64(n):
 		http.ServeContent(out, r, "", fi.ModTime(), f)
 	default: // longer than it says: of unknown size
 		if r.Method == http.MethodHead {

@@ -260,29 +260,27 @@ func (t *tree) handleSelf(dir string, mask uint32, emit func(event)) error {
 }
 
 func (t *tree) handleNew(rel string, isDir, created bool, emit func(event)) error {
+	if created && t.seen[rel] {
+		// Found by looking, and if it is a directory, looked into.
+		delete(t.seen, rel)
+		return nil
+	}
+	create := event{rel, filesystem.EventType_EVENT_TYPE_CREATE}
 	if !isDir || !t.recursive {
-		t.report(rel, created, emit)
+		emit(create)
 		return nil
 	}
 	return t.user.Do(func() error {
 		if err := t.enter(rel); err != nil {
 			return err
 		}
-		t.report(rel, created, emit)
+		emit(create)
 		if !created {
 			// It came with its contents, which are nobody's change.
 			return t.descend(rel, nil)
 		}
 		return t.descend(rel, emit)
 	})
-}
-
-func (t *tree) report(rel string, created bool, emit func(event)) {
-	if created && t.seen[rel] {
-		delete(t.seen, rel)
-		return
-	}
-	emit(event{rel, filesystem.EventType_EVENT_TYPE_CREATE})
 }
 
 // leave gives up a directory that is no longer below the root, and all below.
