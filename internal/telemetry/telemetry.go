@@ -66,9 +66,8 @@ type Options struct {
 
 // Telemetry is a metrics registry and a tracer.
 type Telemetry struct {
-	Registry *prometheus.Registry
-	Tracer   trace.Tracer
-
+	registry *prometheus.Registry
+	tracer   trace.Tracer
 	recorder *Recorder
 	provider *sdktrace.TracerProvider // nil while tracing is off
 }
@@ -82,13 +81,13 @@ func New(ctx context.Context, opt Options) (*Telemetry, error) {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	t := &Telemetry{Registry: prometheus.NewRegistry(), Tracer: noop.NewTracerProvider().Tracer(scope)}
+	t := &Telemetry{registry: prometheus.NewRegistry(), tracer: noop.NewTracerProvider().Tracer(scope)}
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "agentiso_build_info", Help: "Always 1; the labels say what runs.",
 		ConstLabels: prometheus.Labels{"version": opt.Version, "goversion": runtime.Version()},
 	})
 	build.Set(1)
-	t.Registry.MustRegister(build, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	t.registry.MustRegister(build, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	set, err := readEnvironment(opt.Getenv)
 	if err != nil {
@@ -106,19 +105,25 @@ func New(ctx context.Context, opt Options) (*Telemetry, error) {
 			return nil, fmt.Errorf("describe this program for traces: %w", err)
 		}
 		t.provider = sdktrace.NewTracerProvider(sdktrace.WithBatcher(exp), sdktrace.WithResource(res))
-		t.Tracer = t.provider.Tracer(scope, trace.WithInstrumentationVersion(opt.Version))
+		t.tracer = t.provider.Tracer(scope, trace.WithInstrumentationVersion(opt.Version))
 		opt.Log.Info("exporting traces", "endpoint", set.endpoint)
 	}
-	t.recorder = newRecorder(t.Registry, t.Tracer)
+	t.recorder = newRecorder(t.registry, t.tracer)
 	return t, nil
 }
 
 // Recorder returns the recorder of steps.
 func (t *Telemetry) Recorder() *Recorder { return t.recorder }
 
+// Registry is where everybody's metrics are registered.
+func (t *Telemetry) Registry() *prometheus.Registry { return t.registry }
+
+// Tracer makes spans; they lead nowhere while tracing is off.
+func (t *Telemetry) Tracer() trace.Tracer { return t.tracer }
+
 // Handler serves the metrics to Prometheus.
 func (t *Telemetry) Handler() http.Handler {
-	return promhttp.HandlerFor(t.Registry, promhttp.HandlerOpts{Registry: t.Registry})
+	return promhttp.HandlerFor(t.registry, promhttp.HandlerOpts{Registry: t.registry})
 }
 
 // Middleware puts a span around each request, below the caller's if it sent a
@@ -134,7 +139,7 @@ func (t *Telemetry) Middleware(next http.Handler) http.Handler {
 		if strings.HasPrefix(r.URL.Path, "/agentiso.v1.") {
 			name = strings.TrimPrefix(r.URL.Path, "/")
 		}
-		ctx, span := t.Tracer.Start(ctx, name, trace.WithSpanKind(trace.SpanKindServer))
+		ctx, span := t.tracer.Start(ctx, name, trace.WithSpanKind(trace.SpanKindServer))
 		defer span.End()
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
