@@ -10,12 +10,15 @@ import (
 	"github.com/agentiso/agentiso/internal/guest/users"
 )
 
+// refuse answers 401 with the reason, in the form that a protocol has for it.
+type refuse func(http.ResponseWriter, *http.Request, error)
+
 // token lets a call through that shows the workspace's access token, or any
 // when there is none.
-func (s *Server) token(h http.Handler) http.Handler {
+func (s *Server) token(no refuse, h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := access.CheckToken(r, s.opt.Identity.Current().AccessToken); err != nil {
-			s.refuse(w, r, err)
+			no(w, r, err)
 			return
 		}
 		h.ServeHTTP(w, r)
@@ -23,11 +26,11 @@ func (s *Server) token(h http.Handler) http.Handler {
 }
 
 // user finds the user of a call and puts it into the context.
-func (s *Server) user(h http.Handler) http.Handler {
+func (s *Server) user(no refuse, h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		u, err := s.caller(r)
 		if err != nil {
-			s.refuse(w, r, err)
+			no(w, r, err)
 			return
 		}
 		h.ServeHTTP(w, r.WithContext(users.NewContext(r.Context(), u)))
@@ -53,12 +56,15 @@ func (s *Server) lookup(name string) (users.User, error) {
 	return s.opt.Accounts.Lookup(name)
 }
 
-// refuse answers 401 in the form that the caller's protocol has for it.
-func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
-	if s.errors.IsSupported(r) {
-		_ = s.errors.Write(w, r, connect.NewError(connect.CodeUnauthenticated, err))
+func (s *Server) refuseConnect(w http.ResponseWriter, r *http.Request, err error) {
+	if !s.errors.IsSupported(r) {
+		refusePlain(w, r, err)
 		return
 	}
+	_ = s.errors.Write(w, r, connect.NewError(connect.CodeUnauthenticated, err))
+}
+
+func refusePlain(w http.ResponseWriter, _ *http.Request, err error) {
 	writeError(w, http.StatusUnauthorized, err.Error())
 }
 

@@ -30,7 +30,6 @@ import (
 	"net"
 	"net/http"
 	"runtime/debug"
-	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -64,15 +63,18 @@ type Identity interface {
 	Current() identity.Snapshot
 }
 
-// Options are what a [Server] is made of. Process and Guest may be nil in
-// tests: their paths are then not served.
+// Options are what a [Server] is made of. Process, Guest and Connect may be nil
+// in tests: their paths are then not served. They stay the caller's to close.
 type Options struct {
 	Identity Identity
 	// Accounts are the running root's unless set.
 	Accounts users.DB
 	Process  processconnect.ProcessHandler
 	Guest    guestv1connect.GuestHandler
-	Log      *slog.Logger
+	// Connect serves the TCP connect stream beside the Guest service; the
+	// connections that it takes over are its own.
+	Connect http.Handler
+	Log     *slog.Logger
 }
 
 // Server is the agent's HTTP side.
@@ -83,11 +85,6 @@ type Server struct {
 	errors  *connect.ErrorWriter
 	handler http.Handler
 	http    *http.Server
-
-	mu      sync.Mutex
-	closed  bool
-	tunnels map[net.Conn]struct{} // both ends of every TCP stream
-	wg      sync.WaitGroup        // one for each TCP stream
 }
 
 // New assembles a server; it starts nothing. Close it all the same.
@@ -95,7 +92,6 @@ func New(opt Options) *Server {
 	s := &Server{
 		opt:     opt,
 		metrics: newMetrics("/proc", "/"),
-		tunnels: map[net.Conn]struct{}{},
 	}
 	s.files = files.New(files.Options{
 		Lookup:   s.lookup,
@@ -136,22 +132,14 @@ func (s *Server) Serve(l net.Listener) error {
 	return nil
 }
 
-// Close waits for the calls in progress until ctx is done and cuts what is left
-// then. TCP streams and watches, which end by no one else's doing, are cut at
-// once.
+// Close ends watches, which would not end by themselves, then waits for the
+// calls in progress until ctx is done and cuts what is left.
 func (s *Server) Close(ctx context.Context) error {
-	s.mu.Lock()
-	s.closed = true
-	for c := range s.tunnels {
-		c.Close()
-	}
-	s.mu.Unlock()
 	ferr := s.files.Close()
 	err := s.http.Shutdown(ctx)
 	if err != nil {
 		err = errors.Join(err, s.http.Close())
 	}
-	s.wg.Wait()
 	return errors.Join(err, ferr)
 }
 
@@ -170,13 +158,15 @@ func (s *Server) routes() http.Handler {
 		w.Header().Set("Cache-Control", "no-store")
 		w.WriteHeader(http.StatusNoContent)
 	})
-	mux.Handle("GET /metrics", s.token(http.HandlerFunc(s.serveMetrics)))
-	mux.Handle("GET /envs", s.token(http.HandlerFunc(s.serveEnvs)))
+	mux.Handle("GET /metrics", s.token(refusePlain, http.HandlerFunc(s.serveMetrics)))
+	mux.Handle("GET /envs", s.token(refusePlain, http.HandlerFunc(s.serveEnvs)))
 	// Package files checks the token of /files itself: a signature may stand
 	// in for it.
 	mux.Handle("/files", s.files)
-	mux.Handle("/files/", s.token(s.files))
-	mount := func(path string, h http.Handler) { mux.Handle(path, s.token(s.user(h))) }
+	mux.Handle("/files/", s.token(refusePlain, s.files))
+	mount := func(path string, h http.Handler) {
+		mux.Handle(path, s.token(s.refuseConnect, s.user(s.refuseConnect, h)))
+	}
 	mount(filesystemconnect.NewFilesystemHandler(s.files, opts...))
 	if s.opt.Process != nil {
 		mount(processconnect.NewProcessHandler(s.opt.Process, opts...))
@@ -184,7 +174,9 @@ func (s *Server) routes() http.Handler {
 	if s.opt.Guest != nil {
 		mux.Handle(guestv1connect.NewGuestHandler(s.opt.Guest, opts...))
 	}
-	mux.HandleFunc("GET /"+guestv1connect.GuestName+"/Connect", s.serveTCP)
+	if s.opt.Connect != nil {
+		mux.Handle("GET /"+guestv1connect.GuestName+"/Connect", s.opt.Connect)
+	}
 	return mux
 }
 

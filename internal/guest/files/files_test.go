@@ -37,7 +37,7 @@ const (
 
 // world is a service over a real directory, with users of its own.
 type world struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string // everybody may enter and write
 	home  string // alice's
 	token string
@@ -46,7 +46,7 @@ type world struct {
 	http  *http.Client
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("missing capability: root")
@@ -119,7 +119,7 @@ func (w *world) must(err error) {
 }
 
 // at is w within a subtest.
-func (w *world) at(t *testing.T) *world {
+func (w *world) at(t testing.TB) *world {
 	sub := *w
 	sub.t = t
 	return &sub
@@ -263,7 +263,7 @@ func code(err error) connect.Code {
 }
 
 // eventually waits for what another goroutine or the kernel is about to do.
-func eventually(t *testing.T, ok func() bool) {
+func eventually(t testing.TB, ok func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
 	for !ok() {
