@@ -104,3 +104,13 @@ func parseVersion(out string) (Build, error) {
 	minor, _ := strconv.Atoi(m[3])
 	return Build{Version: m[1], Major: major, Minor: minor}, nil
 }
+
+// Find returns the QEMU build that name, a path or a name to look up in PATH
+// ("" is qemu-system-x86_64), stands for, or a fault of kind missing.
+func Find(ctx context.Context, name string) (Build, error) {
+	b := binary{name: name}
+	if name == "" {
+		b.name = defaultBinary
+	}
+	return b.find(ctx)
+}

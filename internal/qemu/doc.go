@@ -16,7 +16,19 @@
 // standard input, QEMU's seccomp sandbox, no core dumps, and, if
 // [domain.MachineSpec].UID says so, a user of its own without groups. Such a
 // user must be able to reach kernel, initrd, disk and the disk's backing files
-// by their paths.
+// by their paths. Kernel and initrd must not be changed in place while a guest
+// boots (QEMU maps them, and dies of SIGBUS when one is cut): replace them by
+// rename.
+//
+// # The console
+//
+// The daemon is connected to a new machine's console before its guest runs, so
+// that not a byte is lost, and keeps a bounded log. While no daemon is
+// connected QEMU throws the output away: a guest never waits for one, and the
+// log has a gap. A daemon that is connected and does not read (one that was
+// sent SIGSTOP) does hold up a guest that prints. What is kept are a hostile
+// guest's bytes as they came: who shows them on a terminal must make them
+// harmless, or mean it.
 //
 // # Never lost, never mistaken
 //

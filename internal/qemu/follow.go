@@ -89,6 +89,22 @@ func (o *Owner) RemoveConsole(id string) error {
 	return c.remove()
 }
 
+// ListConsoles names the ids of which anything is kept.
+func (o *Owner) ListConsoles(context.Context) ([]string, error) {
+	entries, err := os.ReadDir(o.opts.ConsoleDir)
+	if err != nil {
+		return nil, fmt.Errorf("list consoles: %w", err)
+	}
+	var ids []string
+	for _, e := range entries {
+		id, _, _ := strings.Cut(e.Name(), ".")
+		if idPattern.MatchString(id) && !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
 // console returns the console of id, nil if that cannot be an id.
 func (o *Owner) console(id string) *console {
 	if !idPattern.MatchString(id) {

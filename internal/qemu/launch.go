@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"regexp"
 	"runtime"
 	"strings"
 	"time"
@@ -262,22 +263,28 @@ func refused(err error, h *handle, dir runDir, spec domain.MachineSpec) error {
 	if errors.Is(err, context.Canceled) {
 		return err
 	}
-	if errors.Is(err, context.DeadlineExceeded) {
-		return fault.New(fault.Timeout, "QEMU does not answer on its control socket: %w%s", err, after(words)).
-			WithNext("See whether the host is overloaded, and try again.")
-	}
-	if words == "" {
-		return fault.New(fault.BootFailed, "QEMU ended before it answered: %w", err).
-			WithNext("Run `agentiso doctor`.")
-	}
-	for _, k := range refusals {
-		if strings.Contains(words, k.says) {
-			return fault.New(k.kind, "QEMU refused to start: %s (%w)", words, err).WithNext("%s", k.next(spec))
+	f := &fault.Error{Kind: fault.BootFailed, Next: "Run `agentiso doctor`.", Err: err}
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		f.Kind = fault.Timeout
+		f.Msg = "QEMU does not answer on its control socket" + after(words)
+		f.Next = "See whether the host is overloaded, and try again."
+	case words == "":
+		f.Msg = "QEMU ended before it answered: " + err.Error()
+	default:
+		f.Msg = "QEMU refused to start: " + option.ReplaceAllString(words, "")
+		for _, k := range refusals {
+			if strings.Contains(words, k.says) {
+				f.Kind, f.Next = k.kind, k.next(spec)
+				break
+			}
 		}
 	}
-	return fault.New(fault.BootFailed, "QEMU refused to start: %s (%w)", words, err).
-		WithNext("Run `agentiso doctor`.")
+	return f
 }
+
+// option is the argument that QEMU repeats before a complaint about it.
+var option = regexp.MustCompile(`^-(blockdev|drive|device|netdev|chardev|object|accel|M) \S+: `)
 
 func after(words string) string {
 	if words == "" {
@@ -307,7 +314,7 @@ var refusals = []struct {
 	kind fault.Kind
 	next func(domain.MachineSpec) string
 }{
-	{"KVM", fault.Missing, func(domain.MachineSpec) string {
+	{"KVM kernel module", fault.Missing, func(domain.MachineSpec) string {
 		return "Set vm.accel to auto or tcg, or see that QEMU's user may open /dev/kvm (on Debian and Ubuntu the group kvm may)."
 	}},
 	{"Failed to get", fault.InUse, func(s domain.MachineSpec) string { // … "write" lock

@@ -35,6 +35,7 @@ type machine struct {
 	dir     runDir
 	con     *console
 	log     *slog.Logger
+	retry   time.Duration      // for a guest that waits for disk space
 	release context.CancelFunc // lets go of the process
 
 	gone   chan struct{} // closed when the process has ended
@@ -42,15 +43,16 @@ type machine struct {
 	exit   domain.Exit
 	killed atomic.Bool
 
+	h *handle
+
 	mu       sync.Mutex
-	h        *handle
 	shutdown string // the reason QEMU gave for its end
 	held     string // why the guest is held
 }
 
-func newMachine(id string, p domain.Process, h *handle, con *console, log *slog.Logger) *machine {
+func (o *Owner) newMachine(id string, p domain.Process, h *handle, con *console) *machine {
 	return &machine{
-		id: id, proc: p, h: h, con: con, dir: runDir(p.RunDir), log: log.With("workspace", id),
+		id: id, proc: p, h: h, con: con, dir: runDir(p.RunDir), log: o.log.With("workspace", id), retry: o.opts.resumeEvery,
 		gone: make(chan struct{}), done: make(chan struct{}),
 	}
 }
@@ -200,7 +202,7 @@ func (m *machine) readEvents(ctx context.Context, c *qmp.Client, events *qmp.Sub
 
 // follow handles events until the connection or ctx ends.
 func (m *machine) follow(ctx context.Context, c *qmp.Client, events *qmp.Subscription) {
-	retry := time.NewTicker(resumeEvery)
+	retry := time.NewTicker(m.retry)
 	defer retry.Stop()
 	for {
 		select {

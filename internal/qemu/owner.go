@@ -40,7 +40,10 @@ type Options struct {
 	Ready func(ctx context.Context, ep domain.Endpoint) error
 	Log   *slog.Logger
 
-	consoleLimit int64 // tests shrink it
+	// Tests shrink these.
+	consoleLimit int64
+	resumeEvery  time.Duration
+	probeLimit   time.Duration
 }
 
 // Owner owns the machines of one run directory. There must be one Owner for a
@@ -73,6 +76,12 @@ func NewOwner(opts Options) (*Owner, error) {
 	}
 	if opts.consoleLimit == 0 {
 		opts.consoleLimit = consoleLimit
+	}
+	if opts.probeLimit == 0 {
+		opts.probeLimit = defaultProbeLimit
+	}
+	if opts.resumeEvery == 0 {
+		opts.resumeEvery = resumeEvery
 	}
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
@@ -186,7 +195,7 @@ func (o *Owner) start(ctx context.Context, spec domain.MachineSpec) (domain.Proc
 		con.end()
 		return domain.Process{}, err
 	}
-	m := newMachine(spec.ID, r.process, r.handle, con, o.log)
+	m := o.newMachine(spec.ID, r.process, r.handle, con)
 	if err := o.attach(m, r); err != nil {
 		con.end()
 		r.discard()
@@ -238,7 +247,7 @@ func (o *Owner) Adopt(ctx context.Context, id string, p domain.Process) error {
 		h.close()
 		return fmt.Errorf("adopt machine %s: %w", id, err)
 	}
-	if err := o.attach(newMachine(id, p, h, con, o.log), &running{}); err != nil {
+	if err := o.attach(o.newMachine(id, p, h, con), &running{}); err != nil {
 		con.end()
 		h.close()
 		return fmt.Errorf("adopt machine %s: %w", id, err)

@@ -318,7 +318,7 @@ func TestRefusedStart(t *testing.T) {
 	_, err := w.Start(t.Context(), s)
 	f := fault.As(err)
 	if f.Kind != fault.Missing || f.Next == "" ||
-		!strings.Contains(err.Error(), "QEMU refused to start: -blockdev driver=qcow2: Could not open '/no/such': No such file or directory") {
+		!strings.Contains(err.Error(), "QEMU refused to start: Could not open '/no/such': No such file or directory") {
 		t.Errorf("got %v (%+v)", err, f)
 	}
 	if left, err := w.List(t.Context()); err != nil || len(left) > 0 {
@@ -334,7 +334,10 @@ func TestSilentQEMU(t *testing.T) {
 	w := newWorld(t, nil)
 	s := w.spec("one")
 	s.Boot.Append = "fake=mute"
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	if _, err := w.Version(t.Context()); err != nil { // not part of the wait
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	if _, err := w.Start(ctx, s); !fault.Is(err, fault.Timeout) {
 		t.Errorf("got %v", err)
@@ -396,7 +399,7 @@ func TestNothingLeaks(t *testing.T) {
 
 // TestFullDisk: a guest that waits for space is let go again.
 func TestFullDisk(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newWorld(t, func(o *Options) { o.resumeEvery = 500 * time.Millisecond })
 	p := w.start(w.spec("one"))
 	w.tell(p, "enospc")
 	w.await("the event", func() bool { return w.Paused("one") != "" })

@@ -14,10 +14,10 @@ import (
 	"github.com/agentiso/agentiso/internal/domain"
 )
 
-// probeLimit is how long a guest may take to come up under KVM, where a boot
+// defaultProbeLimit is how long a guest may take to come up under KVM, where a boot
 // takes well under a second. A host whose /dev/kvm opens and answers, but whose
 // guests hang at 100 % system time, has been met.
-const probeLimit = 5 * time.Second
+const defaultProbeLimit = 5 * time.Second
 
 // probed returns the verdict on spec's kernel, from memory or from a probe.
 func (o *Owner) probed(ctx context.Context, spec domain.MachineSpec) (Verdict, error) {
@@ -57,10 +57,7 @@ func (o *Owner) probed(ctx context.Context, spec domain.MachineSpec) (Verdict, e
 	return v, nil
 }
 
-var (
-	errNoAnswer   = fmt.Errorf("a guest under KVM did not answer within %v", probeLimit)
-	errGuestEnded = errors.New("a guest under KVM ended before its agent answered")
-)
+var errGuestEnded = errors.New("a guest under KVM ended before its agent answered")
 
 // probe boots a guest like spec's under KVM and asks whether its agent answers.
 // The guest has no network, the serial link and a disk whose changes are thrown
@@ -72,7 +69,7 @@ func (o *Owner) probe(ctx context.Context, build Build, spec domain.MachineSpec)
 	spec.CPUs = 1
 	spec.Link, spec.CID = domain.LinkSerial, 0
 	spec.Slot = domain.NetworkSlot{Driver: "user", MAC: "52:54:00:00:00:01", Restrict: true}
-	limited, cancel := context.WithTimeoutCause(ctx, probeLimit, errNoAnswer)
+	limited, cancel := context.WithTimeout(ctx, o.opts.probeLimit)
 	defer cancel()
 	r, err := o.launch(limited, build, spec, Launch{RunDir: string(o.probeDir(spec.ID)), Accel: KVM, Scratch: true})
 	if err == nil {
@@ -80,7 +77,7 @@ func (o *Owner) probe(ctx context.Context, build Build, spec domain.MachineSpec)
 		if derr := r.discard(); derr != nil {
 			return Verdict{}, fmt.Errorf("end the machine that tried KVM: %w", derr)
 		}
-	} else if limited.Err() == nil && !strings.Contains(err.Error(), "KVM") {
+	} else if limited.Err() == nil && !kvmFailed(err) {
 		return Verdict{}, fmt.Errorf("try KVM: %w", err)
 	}
 	v.Took = time.Since(v.CheckedAt)
@@ -91,13 +88,20 @@ func (o *Owner) probe(ctx context.Context, build Build, spec domain.MachineSpec)
 	case ctx.Err() != nil:
 		return Verdict{}, ctx.Err()
 	case limited.Err() != nil:
-		v.Reason = errNoAnswer.Error()
+		v.Reason = fmt.Sprintf("a guest under KVM did not answer within %v", o.opts.probeLimit)
 		v.Next = "The host's virtualization hangs, as it can inside another virtual machine; agentiso works without it, more slowly."
 	default:
 		v.Reason = err.Error()
 		v.Next = "The kernel log of the host may say more; agentiso works without KVM, more slowly."
 	}
 	return v, nil
+}
+
+// kvmFailed reports whether a QEMU that did not start blames KVM. Its words go
+// from "Could not access KVM kernel module" to failed assertions in
+// target/i386/kvm/kvm.c, seen where the host itself is a virtual machine.
+func kvmFailed(err error) bool {
+	return strings.Contains(strings.ToLower(err.Error()), "kvm")
 }
 
 // awaitReady returns nil once the agent of r answers, and else why it will not.

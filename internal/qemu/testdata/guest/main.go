@@ -23,25 +23,22 @@ func main() {
 	if cmdline, _ := os.ReadFile("/proc/cmdline"); bytes.Contains(cmdline, []byte("qtest=mute")) {
 		select {}
 	}
-	for {
-		if err := serve(); err != nil {
+	var port *os.File
+	for port == nil {
+		p, err := openPort()
+		if err != nil {
 			fmt.Println("qtest:", err)
+			time.Sleep(20 * time.Millisecond)
 		}
-		time.Sleep(20 * time.Millisecond)
+		port = p
 	}
-}
-
-func serve() error {
-	port, err := openPort()
-	if err != nil {
-		return err
-	}
-	defer port.Close()
 	r := bufio.NewReader(port)
 	for {
 		line, err := r.ReadString('\n')
-		if err != nil {
-			return nil // nobody is connected
+		if err != nil { // nobody is connected; half a line means nothing to the next
+			r.Reset(port)
+			time.Sleep(10 * time.Millisecond)
+			continue
 		}
 		line = strings.TrimSpace(line)
 		fmt.Fprintf(port, "ok %s\n", line)
@@ -55,7 +52,7 @@ func obey(line string) {
 		fmt.Println("qtest: said")
 	case "flood":
 		chunk := bytes.Repeat([]byte("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcd\r\n"), 64)
-		for range 4 << 20 / len(chunk) {
+		for range 192 << 10 / len(chunk) {
 			os.Stdout.Write(chunk)
 		}
 		fmt.Println("qtest: flooded")
@@ -66,6 +63,12 @@ func obey(line string) {
 		os.Exit(3)
 	case "reboot":
 		syscall.Reboot(syscall.LINUX_REBOOT_CMD_RESTART)
+	case "fill":
+		disk, err := os.OpenFile("/dev/vda", os.O_WRONLY|syscall.O_SYNC, 0)
+		if err == nil {
+			_, err = disk.Write(bytes.Repeat([]byte("full"), 1<<20))
+		}
+		fmt.Println("qtest: filled", err)
 	case "cpus":
 		b, _ := os.ReadFile("/sys/devices/system/cpu/online")
 		fmt.Printf("qtest: cpus %s", b)
