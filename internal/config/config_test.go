@@ -122,13 +122,11 @@ func TestTable(t *testing.T) {
 		}
 	}
 	fields := 0
-	for v := reflect.ValueOf(*c); v.NumField() > 0; {
-		for i := range v.NumField() {
-			if s := v.Field(i); s.Kind() == reflect.Struct {
-				fields += s.NumField()
-			}
+	v := reflect.ValueOf(*c)
+	for i := range v.NumField() {
+		if s := v.Field(i); s.Kind() == reflect.Struct {
+			fields += s.NumField()
 		}
-		break
 	}
 	if fields != len(keys) {
 		t.Errorf("%d fields and %d keys", fields, len(keys))
@@ -275,9 +273,9 @@ uid_base = 5000
 			if !fault.Is(err, fault.Invalid) {
 				t.Fatalf("Load: %v", err)
 			}
-			problems, ok := errors.AsType[Problems](err)
+			problems, ok := errors.AsType[SettingErrors](err)
 			if !ok {
-				t.Fatalf("no Problems in %v", err)
+				t.Fatalf("no SettingErrors in %v", err)
 			}
 			got := strings.Split(strings.ReplaceAll(problems.Error(), path, "$F"), "\n")
 			if diff := cmp.Diff(tt.want, got); diff != "" {

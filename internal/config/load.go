@@ -40,10 +40,10 @@ func (p Problem) String() string {
 	return b.String() + p.Msg
 }
 
-// Problems is everything that is wrong; the cause inside Load's fault.
-type Problems []Problem
+// SettingErrors is everything that is wrong; the cause inside Load's fault.
+type SettingErrors []Problem
 
-func (p Problems) Error() string {
+func (p SettingErrors) Error() string {
 	lines := make([]string, len(p))
 	for i, q := range p {
 		lines[i] = q.String()
@@ -116,7 +116,7 @@ func read(path string) ([]byte, error) {
 type loader struct {
 	host     Host
 	c        *Config
-	problems Problems
+	problems SettingErrors
 }
 
 // bad records that the value of a key, wherever it came from, is wrong.

@@ -75,5 +75,5 @@ func openFault(path string, err error) error {
 // full reports whether less than one database page is left for path.
 func full(path string) bool {
 	var st unix.Statfs_t
-	return unix.Statfs(path, &st) == nil && st.Bavail*uint64(st.Bsize) < 32<<10 //nolint:gosec // Bsize is positive
+	return unix.Statfs(path, &st) == nil && st.Bavail*uint64(st.Bsize) < 32<<10
 }

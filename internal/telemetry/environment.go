@@ -37,7 +37,7 @@ func readEnvironment(getenv func(string) string) (*settings, error) {
 	exporter := getenv("OTEL_TRACES_EXPORTER")
 	switch {
 	case strings.EqualFold(getenv("OTEL_SDK_DISABLED"), "true"), exporter == "none", exporter == "" && endpoint == "":
-		return nil, nil //nolint:nilnil // off is no error and has no settings
+		return nil, nil // off: no error and no settings
 	case exporter != "" && exporter != "otlp":
 		return nil, badVariable("OTEL_TRACES_EXPORTER", exporter, `use "otlp" or "none"`)
 	}

@@ -263,5 +263,5 @@ func value(v attribute.Value) map[string]any {
 		return map[string]any{"arrayValue": map[string]any{"values": items}}
 	}
 	// The rest of the lists, which this program does not use, as text.
-	return map[string]any{"stringValue": v.Emit()}
+	return map[string]any{"stringValue": v.String()}
 }

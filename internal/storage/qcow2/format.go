@@ -101,18 +101,18 @@ func (o Overlay) layout() (header, table, block []byte, length int64) {
 
 	h := make([]byte, 0, offsetBackingName+len(o.Backing))
 	h = be.AppendUint32(h, magic)
-	h = be.AppendUint32(h, 3)                      // version
-	h = be.AppendUint64(h, offsetBackingName)      // of the backing path
-	h = be.AppendUint32(h, uint32(len(o.Backing))) //nolint:gosec // checked
-	h = be.AppendUint32(h, clusterBits)            //
-	h = be.AppendUint64(h, uint64(o.SizeBytes))    //nolint:gosec // checked
-	h = be.AppendUint32(h, 0)                      // no encryption
-	h = be.AppendUint32(h, uint32(l1))             //nolint:gosec // at most 2^20
-	h = be.AppendUint64(h, 3*clusterBytes)         // L1 table
-	h = be.AppendUint64(h, clusterBytes)           // refcount table
-	h = be.AppendUint32(h, 1)                      // its clusters
-	h = be.AppendUint32(h, 0)                      // internal snapshots
-	h = be.AppendUint64(h, 0)                      // their table
+	h = be.AppendUint32(h, 3)                 // version
+	h = be.AppendUint64(h, offsetBackingName) // of the backing path
+	h = be.AppendUint32(h, uint32(len(o.Backing)))
+	h = be.AppendUint32(h, clusterBits)
+	h = be.AppendUint64(h, uint64(o.SizeBytes))
+	h = be.AppendUint32(h, 0) // no encryption
+	h = be.AppendUint32(h, uint32(l1))
+	h = be.AppendUint64(h, 3*clusterBytes) // L1 table
+	h = be.AppendUint64(h, clusterBytes)   // refcount table
+	h = be.AppendUint32(h, 1)              // its clusters
+	h = be.AppendUint32(h, 0)              // internal snapshots
+	h = be.AppendUint64(h, 0)              // their table
 	h = be.AppendUint64(h, incompatExtL2)
 	h = be.AppendUint64(h, 0) // compatible features
 	h = be.AppendUint64(h, 0) // autoclear features
@@ -120,8 +120,8 @@ func (o Overlay) layout() (header, table, block []byte, length int64) {
 	h = be.AppendUint32(h, headerBytes)
 
 	h = be.AppendUint32(h, extBackingFormat)
-	h = be.AppendUint32(h, uint32(len(o.BackingFormat))) //nolint:gosec // one of two words
-	var format [8]byte                                   // padded; "qcow2" is the longest
+	h = be.AppendUint32(h, uint32(len(o.BackingFormat)))
+	var format [8]byte // padded; "qcow2" is the longest
 	copy(format[:], o.BackingFormat)
 	h = append(h, format[:]...)
 	h = be.AppendUint64(h, 0) // end of extensions
