@@ -28,22 +28,22 @@
 // # Limits
 //
 // Nothing that a client or a process does grows the agent without bound: the
-// number of processes, the size of a command, of a message and of what is kept
-// of the output are capped. Locks: Service.mu and output.mu; neither is held
+// number of processes, the size of a command, of the input that waits and of what
+// is kept of the output are capped. The size of one message is for whoever mounts
+// the service to cap. Locks: Service.mu and output.mu; neither is held
 // while the other is taken, and nothing blocks under them.
 package proc
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"os"
 	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -54,8 +54,6 @@ import (
 )
 
 const (
-	// MaxMessageBytes bounds one request; see [HandlerOptions].
-	MaxMessageBytes = 4 << 20
 	// maxStarting bounds the starts that wait for a file system at one time:
 	// each takes a thread.
 	maxStarting = 64
@@ -63,6 +61,9 @@ const (
 	// one per MiB. A process's log takes at most 192 KiB.
 	maxProcesses = 1024
 	minProcesses = 64
+	// maxInput bounds what all callers together wait to write to processes that
+	// do not read: the agent holds it in memory.
+	maxInput = 32 << 20
 	// closeLimit is how long Close waits for killed processes to be gone.
 	closeLimit = 5 * time.Second
 )
@@ -76,8 +77,8 @@ type Service struct {
 	limits   childLimits
 	starting chan struct{} // capacity maxStarting
 
-	closing chan struct{} // closed by Close
 	work    sync.WaitGroup
+	waiting atomic.Int64 // bytes of input in the hands of their writers
 
 	mu        sync.Mutex
 	closed    bool
@@ -105,25 +106,10 @@ func New(reaper *reap.Reaper, store *identity.Store, log *slog.Logger) *Service 
 		trees:     newTrees(name, log),
 		limits:    newChildLimits(log),
 		starting:  make(chan struct{}, maxStarting),
-		closing:   make(chan struct{}),
 		max:       processLimit(),
 		byPID:     make(map[uint32]*proc),
 		byTag:     make(map[string]*proc),
 		lingering: make(map[*tree]struct{}),
-	}
-}
-
-// HandlerOptions are the options to mount the Service with: a bound on
-// messages, no compression of answers (output is copied between two machines
-// on one host: it would only cost time), and a panic that ends its call only.
-func HandlerOptions(log *slog.Logger) []connect.HandlerOption {
-	return []connect.HandlerOption{
-		connect.WithReadMaxBytes(MaxMessageBytes),
-		connect.WithCompressMinBytes(1 << 30),
-		connect.WithRecover(func(_ context.Context, spec connect.Spec, _ http.Header, v any) error {
-			log.Error("handler panicked", "op", spec.Procedure, "err", v, "stack", string(debug.Stack()))
-			return connect.NewError(connect.CodeInternal, errors.New("internal error of the guest agent"))
-		}),
 	}
 }
 
@@ -137,7 +123,6 @@ func (s *Service) Close() error {
 		return nil
 	}
 	s.closed = true
-	close(s.closing)
 	procs := make([]*proc, 0, len(s.byPID))
 	for _, p := range s.byPID {
 		procs = append(procs, p)

@@ -194,6 +194,13 @@ func (p *proc) write(ctx context.Context, in *process.ProcessInput) error {
 	case p.in == nil:
 		return p.inputError(errNoInput)
 	}
+	// One caller is always let through, whatever the size.
+	n := int64(len(b))
+	defer p.s.waiting.Add(-n)
+	if all := p.s.waiting.Add(n); all > maxInput && all > n {
+		return connect.NewError(connect.CodeResourceExhausted,
+			fmt.Errorf("process %d: more than %d bytes of input wait for processes that do not read", p.pid, maxInput))
+	}
 	if err := p.in.write(ctx, b); err != nil {
 		return p.inputError(err)
 	}

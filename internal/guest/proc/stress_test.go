@@ -84,7 +84,7 @@ func TestGigabyteSlowReader(t *testing.T) {
 // end and only the tail is kept.
 func TestGigabyteUnread(t *testing.T) {
 	r := newRig(t, rigOptions{})
-	run := r.begin(t, sh("read go; head -c 1000000000 /dev/zero; echo done >&2; exec sleep 1000"))
+	run := r.begin(t, sh("read go; head -c 1000000000 /dev/zero; echo done; exec sleep 1000"))
 	r.mu.Lock()
 	p := r.byPID[run.pid]
 	r.mu.Unlock()
@@ -102,7 +102,7 @@ func TestGigabyteUnread(t *testing.T) {
 		p.out.mu.Lock()
 		defer p.out.mu.Unlock()
 		n := len(p.out.segs)
-		return n > 0 && p.out.segs[n-1].kind == stderr
+		return n > 0 && strings.HasSuffix(string(p.out.segs[n-1].data), "done\n")
 	})
 	p.out.mu.Lock()
 	defer p.out.mu.Unlock()
