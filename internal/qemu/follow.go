@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"strings"
 )
 
 // followChunk is the most that Follow hands over at once.
@@ -95,14 +97,12 @@ func (o *Owner) ListConsoles(context.Context) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list consoles: %w", err)
 	}
-	var ids []string
+	var names []string
 	for _, e := range entries {
 		id, _, _ := strings.Cut(e.Name(), ".")
-		if idPattern.MatchString(id) && !slices.Contains(ids, id) {
-			ids = append(ids, id)
-		}
+		names = append(names, id)
 	}
-	return ids, nil
+	return ids(names), nil
 }
 
 // console returns the console of id, nil if that cannot be an id.

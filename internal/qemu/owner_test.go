@@ -68,6 +68,9 @@ func TestStartAndKill(t *testing.T) {
 	if got := string(w.Tail("one", 5)); got != "ine\r\n" {
 		t.Errorf("console after the end: %q", got)
 	}
+	if kept, err := w.ListConsoles(t.Context()); err != nil || len(kept) != 1 || kept[0] != "one" {
+		t.Errorf("consoles %v, %v", kept, err)
+	}
 	if err := w.RemoveConsole("one"); err != nil {
 		t.Fatal(err)
 	}
