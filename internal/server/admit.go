@@ -1,12 +1,14 @@
 package server
 
 import (
+	"bufio"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"runtime/debug"
 	"strings"
@@ -138,6 +140,15 @@ func (w *recorder) Write(p []byte) (int, error) {
 func (w *recorder) Flush() {
 	w.wrote = true
 	_ = http.NewResponseController(w.ResponseWriter).Flush()
+}
+
+// Hijack is remembered as the switch of protocols that it serves for.
+func (w *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
+	if err == nil {
+		w.code, w.wrote = http.StatusSwitchingProtocols, true
+	}
+	return conn, rw, err
 }
 
 // Unwrap lets http.ResponseController reach the rest.

@@ -51,6 +51,7 @@ type agentProxy struct {
 // target is where one call goes; it travels in the request's context.
 type target struct {
 	transport http.RoundTripper
+	id        string
 	workspace string // its name, for errors
 	path      string
 }
@@ -87,7 +88,7 @@ func (p *agentProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c.ref = ws.ID
-	t := target{transport: transport, workspace: ws.Name, path: path}
+	t := target{transport: transport, id: ws.ID, workspace: ws.Name, path: path}
 	if path == "tcp" {
 		p.tunnel(w, r, t)
 		return
@@ -120,16 +121,22 @@ func (byTarget) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.transport.RoundTrip(r)
 }
 
-// guardStream lets a Connect stream end with an error when the link breaks.
+// WorkspaceHeader on an agent's answer is the id of its workspace, so that a
+// caller who knows it by name can stay with it over a rename.
+const WorkspaceHeader = "Agentiso-Workspace"
+
+// guardStream says whose answer it is, and lets a Connect stream end with an
+// error when the link breaks.
 func (p *agentProxy) guardStream(res *http.Response) error {
+	ctx := res.Request.Context()
+	t, _ := ctx.Value(targetKey{}).(target)
+	res.Header.Set(WorkspaceHeader, t.id)
 	codec, ok := strings.CutPrefix(res.Header.Get("Content-Type"), "application/connect+")
 	if !ok || (codec != "proto" && codec != "json") || res.StatusCode != http.StatusOK {
 		return nil
 	}
 	res.Header.Del("Content-Length")
 	res.ContentLength = -1
-	ctx := res.Request.Context()
-	t, _ := ctx.Value(targetKey{}).(target)
 	res.Body = newFrameGuard(res.Body, func(err error) *fault.Error {
 		f := p.explain(ctx, t, err)
 		if !gone(ctx, err) {

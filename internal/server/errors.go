@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 
 	"connectrpc.com/connect"
 
@@ -27,7 +28,7 @@ func (s *Server) faultOf(ctx context.Context, err error) *fault.Error {
 	}
 	if _, isFault := errors.AsType[*fault.Error](err); !isFault {
 		if ce, ok := errors.AsType[*connect.Error](err); ok {
-			if k := kindOf(ce.Code()); k != fault.Internal {
+			if k := fault.OfCode(ce.Code()); k != fault.Internal {
 				return &fault.Error{Kind: k, Msg: err.Error(), Err: err}
 			}
 		}
@@ -38,34 +39,6 @@ func (s *Server) faultOf(ctx context.Context, err error) *fault.Error {
 		return &c
 	}
 	return f
-}
-
-// kindOf is the table of package fault read backwards, for errors that come as
-// Connect codes: from package connect itself and from agents.
-func kindOf(code connect.Code) fault.Kind {
-	switch code {
-	case connect.CodeInvalidArgument, connect.CodeOutOfRange:
-		return fault.Invalid
-	case connect.CodeNotFound:
-		return fault.NotFound
-	case connect.CodeAlreadyExists:
-		return fault.NameTaken
-	case connect.CodeFailedPrecondition, connect.CodeAborted:
-		return fault.WrongState
-	case connect.CodeResourceExhausted:
-		return fault.Limit
-	case connect.CodeUnavailable:
-		return fault.Unavailable
-	case connect.CodeUnimplemented:
-		return fault.Unsupported
-	case connect.CodeDeadlineExceeded:
-		return fault.Timeout
-	case connect.CodePermissionDenied, connect.CodeUnauthenticated:
-		return fault.Unauthorized
-	case connect.CodeCanceled:
-		return fault.Canceled
-	}
-	return fault.Internal
 }
 
 // connectError is f as the Connect protocol carries it.
@@ -93,7 +66,7 @@ func (s *Server) writeError(w http.ResponseWriter, r *http.Request, err error) {
 		c.err = err
 	}
 	f := s.faultOf(r.Context(), err)
-	if ew := connect.NewErrorWriter(); ew.IsSupported(r) {
+	if ew := connect.NewErrorWriter(); isRPC(r.URL.Path) && ew.IsSupported(r) {
 		_ = ew.Write(w, r, connectError(f)) // nobody to tell
 		return
 	}
@@ -102,6 +75,16 @@ func (s *Server) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	w.Header().Del("Content-Length")
 	w.WriteHeader(code)
 	_ = json.NewEncoder(w).Encode(httpError{Code: code, Message: f.Msg, Kind: string(f.Kind), Next: f.Next})
+}
+
+// isRPC reports whether a path is one of a Connect service. The content type
+// does not tell: that of any upload could be a unary call's.
+func isRPC(path string) bool {
+	if strings.HasPrefix(path, "/workspaces/") {
+		_, path, _ = strings.Cut(path, "/agent/")
+	}
+	service, _, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
+	return strings.Contains(service, ".")
 }
 
 func panicked(request string) error {

@@ -15,11 +15,12 @@ import (
 	"github.com/agentiso/agentiso/internal/fault"
 )
 
-// maxSocketPath is sizeof(sun_path) without its terminating zero, less the
-// suffix that the socket has while it is being made; unix(7).
-const maxSocketPath = 107 - len(newSuffix)
+// maxSocketPath is sizeof(sun_path) without its terminating zero; unix(7).
+const maxSocketPath = 107
 
-const newSuffix = ".new"
+// freshName is what the socket is called while it is being made: short, for
+// it must not make the path longer.
+const freshName = ".n"
 
 // staleDial bounds asking whether anybody answers on a socket found in place.
 const staleDial = time.Second
@@ -49,7 +50,7 @@ func Listen(path, group string) (net.Listener, error) {
 	if err := clearStale(path); err != nil {
 		return nil, err
 	}
-	fresh := path + newSuffix
+	fresh := filepath.Join(filepath.Dir(path), freshName)
 	if err := os.Remove(fresh); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fault.New(fault.Missing, "remove %s: %w", fresh, err).WithNext("Remove it by hand.")
 	}
@@ -78,7 +79,7 @@ func groupID(group string) (int, error) {
 	g, err := user.LookupGroup(group)
 	if err != nil {
 		return 0, fault.New(fault.Invalid, "the socket's group: %w", err).
-			WithNext("Make it with `groupadd %s`, or change server.group in the configuration.", group)
+			WithNext("Make it with `groupadd %s`, or change server.socket_group in the configuration.", group)
 	}
 	gid, err := strconv.Atoi(g.Gid)
 	if err != nil {
@@ -128,7 +129,7 @@ func (s *socket) publish(fresh string, gid int, mode os.FileMode) error {
 	if gid >= 0 {
 		if err := os.Chown(fresh, -1, gid); err != nil {
 			return fault.New(fault.Missing, "give the socket to its group: %w", err).
-				WithNext("Run the daemon as root or as a member of that group, or leave server.group empty.")
+				WithNext("Run the daemon as root or as a member of that group, or leave server.socket_group empty.")
 		}
 	}
 	if err := os.Chmod(fresh, mode); err != nil {

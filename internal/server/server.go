@@ -28,6 +28,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"sync"
@@ -90,6 +91,7 @@ func New(o Options) *Server {
 	mux := http.NewServeMux()
 	opts := []connect.HandlerOption{
 		connect.WithReadMaxBytes(maxMessage),
+		connect.WithCompressMinBytes(math.MaxInt), // a Unix socket is faster than gzip
 		connect.WithInterceptors(&bounded{s}),
 	}
 	mux.Handle(agentisov1connect.NewWorkspaceServiceHandler(&workspaceService{s}, opts...))

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -72,7 +73,10 @@ func (p *agentProxy) tunnel(w http.ResponseWriter, r *http.Request, t target) {
 		_ = guest.Close()
 	})
 	defer stop()
-	splice(conn, buffered.Reader, guest)
+	// What came with the request is in the buffer; beyond it net/http's reader
+	// would take the caller's half-close for the end of the request.
+	early, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
+	splice(conn, io.MultiReader(bytes.NewReader(early), conn), guest)
 }
 
 // connect asks the guest for the port. The response is a 101.
