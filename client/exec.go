@@ -210,32 +210,32 @@ func (p *Process) Wait() (exit int, err error) {
 		_ = p.Kill(ctx) // the daemon may be what is gone
 		cancel()
 	}
-	late := p.late(end)
+	late := p.late(end, err)
 	p.cancel()
 	_ = p.stream.Close()
 	p.input.Wait()
-	p.finishInput()
+	stdinErr := p.finishInput()
 	switch {
+	case stdinErr != nil && end == nil:
+		return 0, stdinErr
 	case late:
 		return 0, &Error{Kind: Timeout, Message: "the command was killed: it took longer than " + p.o.Timeout.String(), Next: "Allow it more time.", Err: context.DeadlineExceeded}
 	case end == nil:
 		return 0, err
 	case !end.GetExited() && !strings.HasPrefix(end.GetStatus(), signalStatus):
 		return 0, &Error{Kind: Internal, Message: "how the command ended could not be learned: " + end.GetError(), Guest: true}
-	case p.stdinErr != nil:
-		return 0, p.stdinErr
 	}
 	return exitCode(end), nil
 }
 
 // late reports whether the command ended by its time limit: by ours, or by the
 // agent's, which counts the same time and says so in the end event.
-func (p *Process) late(end *process.ProcessEvent_EndEvent) bool {
+func (p *Process) late(end *process.ProcessEvent_EndEvent, err error) bool {
 	if p.limit.IsZero() {
 		return false
 	}
 	if end == nil {
-		return errors.Is(p.ctx.Err(), context.DeadlineExceeded)
+		return errors.Is(p.ctx.Err(), context.DeadlineExceeded) || KindOf(err) == Timeout
 	}
 	return strings.HasSuffix(end.GetError(), "(deadline exceeded)")
 }
@@ -378,11 +378,13 @@ func (p *Process) read(b []byte) (int, error) {
 	return n, err
 }
 
-// finishInput waits for the pump, unless Stdin holds it.
-func (p *Process) finishInput() {
+// finishInput waits for the pump, unless Stdin holds it, and returns how Stdin
+// failed.
+func (p *Process) finishInput() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for !p.pumped && !p.reading {
 		p.turn.Wait()
 	}
+	return p.stdinErr
 }

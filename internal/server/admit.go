@@ -82,9 +82,12 @@ func (s *Server) finish(c *call, rec *recorder, took time.Duration) {
 	}
 	if c.err != nil {
 		f := fault.As(c.err)
-		level = slog.LevelInfo
-		if f.Kind == fault.Internal {
+		switch f.Kind {
+		case fault.Internal:
 			level = slog.LevelError
+		case fault.Canceled: // the caller knows
+		default:
+			level = slog.LevelInfo
 		}
 		attrs = append(attrs, "kind", f.Kind, "err", c.err)
 	}

@@ -132,10 +132,13 @@ func (a *Agent) Start(ctx context.Context, req *connect.Request[process.StartReq
 	a.procs[pid] = p
 	a.mu.Unlock()
 	defer func() {
-		a.mu.Lock()
-		delete(a.procs, pid)
-		a.mu.Unlock()
 		_ = p.stdinR.CloseWithError(io.ErrClosedPipe)
+		if ctx.Err() != nil {
+			return // it outlives its stream
+		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.procs, pid)
 	}()
 	send := func(e *process.ProcessEvent) error { return stream.Send(&process.StartResponse{Event: e}) }
 	if err := send(&process.ProcessEvent{Event: &process.ProcessEvent_Start{Start: &process.ProcessEvent_StartEvent{Pid: pid}}}); err != nil {
