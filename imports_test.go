@@ -132,7 +132,7 @@ func violations(pkgs []pkg) []string {
 					continue
 				}
 				allowed := anyMatches(r.may, to) && !anyMatches(exceptions[name], to)
-				if !allowed && !(test && anyMatches(r.tests, to)) {
+				if !allowed && (!test || !anyMatches(r.tests, to)) {
 					what := "imports"
 					if test {
 						what = "imports in its tests"

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -263,6 +264,23 @@ func TestOwnedByItsMachine(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("rights (-want +got):\n%s", diff)
+	}
+	if err := os.Chmod(tmp, 0o711); err != nil { // as the data directory is
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Dir(tmp), 0o711); err != nil {
+		t.Fatal(err)
+	}
+	for uid, want := range map[uint32]bool{5001: true, 5002: false} {
+		cmd := exec.CommandContext(ctx, "qemu-io", "-f", "qcow2", "-c", "write -P 5 0 4k", filepath.Join(dir, diskName))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		out, err := cmd.CombinedOutput()
+		if errors.Is(err, exec.ErrNotFound) {
+			t.Skip("missing capability: qemu-io")
+		}
+		if (err == nil) != want {
+			t.Errorf("user %d writes to the disk of 5001, snapshot below: %v: %s", uid, err, out)
+		}
 	}
 	if err := s.Own(ctx, "w1", 0); err != nil {
 		t.Fatal(err)
