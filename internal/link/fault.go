@@ -43,6 +43,11 @@ func errCut(id string, cause error) *fault.Error {
 		WithNext("Look with `agentiso info %s` whether the machine still runs, and try again.", id)
 }
 
+func errAnew(id string) *fault.Error {
+	return fault.New(fault.Unavailable, "the agent of workspace %s has ended its session or was started again: %w", id, wire.ErrAnew).
+		WithNext("Try again; if it happens again, see `agentiso logs %s` for the machine's console.", id)
+}
+
 func errViolation(id string, v *wire.Violation) *fault.Error {
 	return fault.New(fault.Unavailable, "the agent of workspace %s broke the link's protocol: %w", id, v).WithNext(nextHostile, id)
 }

@@ -31,10 +31,6 @@ const (
 	readAhead = 64 << 10
 )
 
-// fullDrain is how many copies of a hello it takes to feed a stale guest to
-// the end of a frame of which it has seen only the header.
-const fullDrain = (wire.MaxBody+wire.HeaderSize)/wire.FrameSize + 2
-
 // channel is a serial link's connection after its handshake.
 type channel struct {
 	net.Conn
@@ -80,14 +76,13 @@ func handshake(ctx context.Context, c *channel, mode wire.Mode, size int64) erro
 	rand.Read(f.Nonce[:]) //nolint:errcheck // it cannot fail, see its documentation
 	scan := wire.NewScanner(c.r, staleLimit)
 
-	hello := f.Append(nil)
 	wait, copies := firstResend, 1
 	for answered := false; !answered; {
 		if unread(c.Conn) == 0 {
-			if err := sendHellos(c.Conn, hello, copies); err != nil {
+			if err := sendHellos(c.Conn, f.AppendCopies(nil, copies)); err != nil {
 				return err
 			}
-			copies = min(copies*4, fullDrain)
+			copies = min(copies*4, wire.Drain)
 		}
 		var err error
 		answered, err = awaitFrame(c, scan, f, wire.Welcome, time.Now().Add(wait))
@@ -137,16 +132,12 @@ func awaitFrame(c *channel, scan *wire.Scanner, f wire.Frame, kind wire.Kind, de
 	}
 }
 
-// sendHellos writes copies hellos, or as much as goes.
-func sendHellos(c net.Conn, hello []byte, copies int) error {
-	b := make([]byte, 0, copies*len(hello))
-	for range copies {
-		b = append(b, hello...)
-	}
+// sendHellos writes hellos, or as much of them as goes.
+func sendHellos(c net.Conn, hellos []byte) error {
 	if err := c.SetWriteDeadline(time.Now().Add(helloWrite)); err != nil {
 		return err
 	}
-	if _, err := c.Write(b); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := c.Write(hellos); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
 	return nil

@@ -157,7 +157,10 @@ func (s *session) explain(cause error) error {
 	if v, ok := errors.AsType[*wire.Violation](cause); ok {
 		return errViolation(s.id, v)
 	}
-	if cause == nil || errors.Is(cause, io.EOF) {
+	switch {
+	case errors.Is(cause, wire.ErrAnew):
+		return errAnew(s.id)
+	case cause == nil || errors.Is(cause, io.EOF):
 		cause = errors.New("its end was closed")
 	}
 	return errCut(s.id, cause)

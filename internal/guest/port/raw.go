@@ -1,8 +1,6 @@
 package port
 
 import (
-	"errors"
-	"io"
 	"sync"
 
 	"github.com/agentiso/agentiso/internal/link/wire"
@@ -33,7 +31,7 @@ func (s *Serial) readZeros(buf []byte, size int64) (int, error) {
 	n, err := s.in.Read(buf[:min(int64(len(buf)), size)])
 	if n > 0 && buf[n-1] != 0 {
 		s.in.unread(buf[:n])
-		return 0, io.ErrUnexpectedEOF
+		return 0, wire.ErrAnew
 	}
 	return n, err
 }
@@ -88,7 +86,7 @@ func (s *Serial) source(size int64) error {
 	_ = s.dev.SetDeadline(past)
 	watch.Wait()
 	if interrupted(err) {
-		err = errors.New("the host began anew")
+		err = wire.ErrAnew
 	}
 	return err
 }

@@ -48,7 +48,7 @@ func NewSerial(dev Device, opts Options) *Serial {
 // Addr says that it is a serial link.
 func (s *Serial) Addr() net.Addr { return addr("serial") }
 
-// Close ends the session and all its connections.
+// Close ends the session and all its connections, and tells the host.
 func (s *Serial) Close() error {
 	s.end(net.ErrClosed)
 	s.mu.Lock()
@@ -56,12 +56,27 @@ func (s *Serial) Close() error {
 	err := s.dev.SetDeadline(past)
 	s.mu.Unlock()
 	s.loop.Wait()
+	if s.dev.SetDeadline(time.Now().Add(byeWait)) == nil {
+		s.bye()
+	}
 	return errors.Join(err, s.dev.Close())
+}
+
+// byeWait bounds the last words of a listener that is closed.
+const byeWait = time.Second
+
+// bye ends whatever session the host believes in. A host that is not there,
+// or reads nothing, misses nothing.
+func (s *Serial) bye() {
+	f := wire.Frame{Kind: wire.Bye, Mode: wire.Mux, Version: wire.Version}
+	_, _ = s.dev.Write(f.AppendCopies(nil, wire.Drain))
 }
 
 // run holds one session after the other until Close, or until the port is
 // gone.
 func (s *Serial) run() {
+	// An agent before this one may have died in the middle of a session.
+	s.bye()
 	for !s.ended() {
 		start, err := s.handshake()
 		if err != nil {
@@ -76,6 +91,9 @@ func (s *Serial) run() {
 		}
 		s.opts.log().Info("link session ended", "mode", string(start.Mode), "dur", time.Since(began), "err", err)
 		s.rearm()
+		if err != nil && !errors.Is(err, wire.ErrAnew) {
+			s.bye()
+		}
 	}
 }
 
@@ -130,9 +148,12 @@ func (s *Serial) send(f wire.Frame) error {
 // new hello announces itself, too) or Close is called.
 func (s *Serial) session() error {
 	s.in.wait = false
-	guard := wire.NewGuard(&channel{s: s}, wire.GuestEnd)
+	out := newOutbox(s.dev)
+	defer out.loop.Wait()
+	guard := wire.NewGuard(channel{&s.in, out}, wire.GuestEnd)
 	mux, err := yamux.Server(guard, wire.GuestConfig())
 	if err != nil {
+		out.fail(err)
 		return err
 	}
 	for {
@@ -167,29 +188,26 @@ func (s stream) Close() error {
 
 // channel is the device as one session's yamux uses it.
 type channel struct {
-	s     *Serial
-	first []byte // scratch: a header and the start of its body
+	in  *input
+	out *outbox
 }
 
-func (c *channel) Read(p []byte) (int, error)  { return c.s.in.Read(p) }
-func (c *channel) Write(p []byte) (int, error) { return c.s.dev.Write(p) }
+func (c channel) Read(p []byte) (int, error)  { return c.in.Read(p) }
+func (c channel) Write(p []byte) (int, error) { return c.out.Write(p) }
 
-// Close frees the session's goroutines from the device but leaves it open.
-func (c *channel) Close() error { return c.s.dev.SetDeadline(past) }
-
-// portWrite is the most that the kernel's driver takes in one write.
-const portWrite = 32 << 10
-
-// WriteFrame writes a frame with as few writes as the driver allows: each one
-// costs an exit to the hypervisor.
-func (c *channel) WriteFrame(hdr, body []byte) error {
-	n := min(len(body), portWrite-len(hdr))
-	c.first = append(append(c.first[:0], hdr...), body[:n]...)
-	if _, err := c.s.dev.Write(c.first); err != nil {
+// WriteFrame spares the guard a copy.
+func (c channel) WriteFrame(hdr, body []byte) error {
+	if _, err := c.out.Write(hdr); err != nil {
 		return err
 	}
-	_, err := c.s.dev.Write(body[n:])
+	_, err := c.out.Write(body)
 	return err
+}
+
+// Close frees the session's goroutines from the device but leaves it open.
+func (c channel) Close() error {
+	c.out.fail(net.ErrClosed)
+	return c.out.dev.SetDeadline(past)
 }
 
 // input is the device's incoming bytes, after those put back.

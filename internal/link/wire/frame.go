@@ -22,6 +22,7 @@ const (
 	Welcome Kind = 'W' // guest: ready for that nonce's start
 	Start   Kind = 'S' // host: begin the mode
 	Started Kind = 'T' // guest: the mode's first byte comes next
+	Bye     Kind = 'B' // guest: whatever went on is over
 	Key     Kind = 'K' // vsock: the connection's first bytes
 )
 
@@ -77,6 +78,19 @@ func (f Frame) Append(b []byte) []byte {
 	return fmt.Appendf(b, "%08x", crc32.Checksum(b[at:], castagnoli))
 }
 
+// Drain is how many frames in a row end any session that the other end still
+// believes in: they fill up a data frame of which it has seen only the header.
+const Drain = (MaxBody+HeaderSize)/FrameSize + 2
+
+// AppendCopies appends f's wire form n times over.
+func (f Frame) AppendCopies(b []byte, n int) []byte {
+	one := f.Append(nil)
+	for range n {
+		b = append(b, one...)
+	}
+	return b
+}
+
 // Errors of ParseFrame and Scanner.
 var (
 	ErrNotFrame = errors.New("not a link frame")
@@ -96,7 +110,7 @@ func ParseFrame(b []byte) (Frame, error) {
 	}
 	f.Kind, f.Mode = Kind(b[8]), Mode(b[9])
 	switch f.Kind {
-	case Hello, Welcome, Start, Started, Key:
+	case Hello, Welcome, Start, Started, Bye, Key:
 	default:
 		return Frame{}, ErrNotFrame
 	}

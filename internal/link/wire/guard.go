@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -51,6 +52,10 @@ func (v *Violation) Error() string { return v.Detail }
 func violation(format string, args ...any) error {
 	return &Violation{fmt.Sprintf(format, args...)}
 }
+
+// ErrAnew is the end of a session whose peer has begun anew: it sent a frame
+// of the handshake.
+var ErrAnew = errors.New("the other end has begun anew")
 
 // Role is the end of the link that a [Guard] stands at.
 type Role int
@@ -126,7 +131,7 @@ func NewGuard(conn io.ReadWriteCloser, role Role) *Guard {
 }
 
 // Read reads what the peer sent, up to a violation; then it returns a
-// *[Violation].
+// *[Violation] or [ErrAnew].
 func (g *Guard) Read(p []byte) (int, error) {
 	if err := g.Err(); err != nil {
 		return 0, err
@@ -158,6 +163,9 @@ func (g *Guard) scan(b []byte) (int, error) {
 			g.body -= n
 			at += int(n)
 			continue
+		}
+		if g.have == 0 && b[at] == magic[0] {
+			return at, ErrAnew
 		}
 		if g.have == 0 && b[at] != 0 {
 			return at, violation("byte %#02x where a frame should start", b[at])
@@ -275,7 +283,9 @@ func (g *Guard) receivedSYN(h header) error {
 	if g.role == HostEnd {
 		return violation("a guest does not open streams: %v", h)
 	}
-	if h.id%2 == 0 || h.id <= g.newest || len(g.flows) >= 2*MaxStreams {
+	// Streams opened at the same time may arrive in another order than that of
+	// their ids.
+	if h.id%2 == 0 || g.flows[h.id] != nil || len(g.flows) >= 2*MaxStreams {
 		return violation("unexpected SYN: %v", h)
 	}
 	g.open(h.id)
@@ -465,7 +475,7 @@ func (g *Guard) fail(err error, rest []byte) {
 	}
 }
 
-// Err returns why reading ended: a *[Violation] or the channel's error. It is
+// Err returns why reading ended: a *[Violation], [ErrAnew] or the channel's error. It is
 // nil while the session runs.
 func (g *Guard) Err() error {
 	g.mu.Lock()

@@ -29,6 +29,10 @@
 // one, so a stale session ends at the first byte past that frame, wherever in
 // a HELLO it falls.
 //
+// The other way round the same serves an agent that ends a session of its own
+// accord or has been started again: it sends [Drain] BYE frames, so that the
+// host's calls end at once.
+//
 // # The vsock link
 //
 // Each connection is one stream. It starts with a KEY frame, which carries
