@@ -119,10 +119,11 @@ func asConnect(err error) error {
 	return connect.NewError(p.code, errors.New(valid(p.msg)))
 }
 
-// reply answers err as JSON. The log keeps what the caller is not to blame for.
+// reply answers err as JSON. The log keeps what the caller is not to blame for,
+// of which leaving is one.
 func (s *Service) reply(w http.ResponseWriter, r *http.Request, err error) {
 	p := asProblem(err)
-	if p.status == http.StatusInternalServerError {
+	if p.status == http.StatusInternalServerError && r.Context().Err() == nil {
 		s.opt.Log.Error("files request failed", "op", r.Method+" "+r.URL.Path, "err", err)
 	}
 	h := w.Header()
