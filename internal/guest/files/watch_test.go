@@ -329,7 +329,7 @@ func TestPolledOverflow(t *testing.T) {
 }
 
 func TestTreeOverflowAndNetwork(t *testing.T) {
-	tr := newTree(nil, users.User{}, t.TempDir(), true, false)
+	tr := newTree(nil, users.User{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}, t.TempDir(), true, false)
 	if err := tr.handle(-1, unix.IN_Q_OVERFLOW, "", nil); !errors.Is(err, errWatchOverflow) {
 		t.Errorf("overflow: %v", err)
 	}
