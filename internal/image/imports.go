@@ -44,7 +44,7 @@ func (s *Store) Import(ctx context.Context, name string, r io.Reader, p domain.P
 
 // archiveEntry matches what image archives begin with, and root file systems
 // do not.
-var archiveEntry = regexp.MustCompile(`^(\./)?(blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(\.json|\.tar|/.*)?)$`)
+var archiveEntry = regexp.MustCompile(`^(\./)?(blobs(/.*)?|oci-layout|index\.json|manifest\.json|repositories|(sha256:)?[0-9a-f]{64}(\.json|\.tar(\.gz)?|/.*)?)$`)
 
 // firstEntry is how much of a tar is looked at for its first name: more than a
 // header with its extensions usually takes.

@@ -123,6 +123,7 @@ func (s *Store) pull(ctx context.Context, ref name.Reference, o domain.PullOptio
 	}
 	defer func() { err = errors.Join(err, st.discard()) }()
 	d := newDownload(layers, st.dir, total, p)
+	d.pause = s.pause
 	defer d.close()
 	d.start(ctx, m)
 
@@ -157,6 +158,7 @@ type download struct {
 	layers   []v1.Layer
 	dir      string
 	progress domain.ProgressFunc
+	pause    time.Duration
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 	got      []chan error // one for each layer, of one value
@@ -256,13 +258,13 @@ func (d *download) fetch(ctx context.Context, i int, desc v1.Descriptor) error {
 			}
 			return nil
 		}
-		pause := time.Second << (try - 1)
+		pause := d.pause << (try - 1)
 		d.mu.Lock()
 		d.progress.Report(domain.Progress{Stage: "downloading layers", Done: d.done, Total: d.total, Unit: "bytes",
 			Log: fmt.Sprintf("layer %s: %v; trying again", desc.Digest, err)})
 		d.mu.Unlock()
 		select {
-		case <-time.After(pause + rand.N(pause/2)):
+		case <-time.After(pause + rand.N(pause/2+1)):
 		case <-ctx.Done():
 			return ctx.Err()
 		}

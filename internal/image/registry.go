@@ -104,7 +104,7 @@ func (s *Store) remoteOptions(ctx context.Context, ref name.Reference, o domain.
 			RegistryToken: o.Auth.RegistryToken,
 		})),
 		remote.WithUserAgent("agentiso"),
-		remote.WithRetryBackoff(remote.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 0.2, Steps: 4}),
+		remote.WithRetryBackoff(remote.Backoff{Duration: s.pause / 2, Factor: 2, Jitter: 0.2, Steps: 4}),
 	}
 }
 
@@ -203,13 +203,13 @@ func (s *Store) explainRegistry(ref name.Reference, err error) error {
 		return fault.New(fault.Invalid, "%s: %w", what, err).
 			WithNext("Something between here and %s changes or damages data, or the image was pushed damaged.", registry)
 	}
-	if ne, ok := errors.AsType[net.Error](err); ok {
-		return fault.New(fault.Unavailable, "%s: the registry %s cannot be reached: %w", what, registry, ne).
-			WithNext("Check the name, the network and the proxy settings of the daemon (HTTPS_PROXY).")
-	}
 	if errors.Is(err, errTransfer) {
 		return fault.New(fault.Unavailable, "%s: the transfer from %s broke off %d times: %w", what, registry, layerTries, err).
 			WithNext("Try again when the network is better.")
+	}
+	if ne, ok := errors.AsType[net.Error](err); ok {
+		return fault.New(fault.Unavailable, "%s: the registry %s cannot be reached: %w", what, registry, ne).
+			WithNext("Check the name, the network and the proxy settings of the daemon (HTTPS_PROXY).")
 	}
 	return s.explain(what, err)
 }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -54,6 +55,7 @@ type Store struct {
 	log     *slog.Logger
 	mu      sync.Mutex // names and directories while they change
 	flights flights
+	pause   time.Duration // before the second try of a transfer; doubles
 }
 
 // Open opens the store in o.Dir, making it if need be, and removes what dead
@@ -77,7 +79,7 @@ func Open(o Options) (*Store, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "names"), 0o755); err != nil {
 		return nil, fmt.Errorf("open image store: %w", err)
 	}
-	s := &Store{o: o, log: o.Log}
+	s := &Store{o: o, log: o.Log, pause: time.Second}
 	s.flights.init(o.Builds)
 	if err := s.sweep(); err != nil {
 		return nil, fmt.Errorf("open image store: %w", err)
