@@ -27,7 +27,13 @@ func (s *Store) Build(ctx context.Context, recipeName, name string, force bool, 
 	if err := checkName(name); err != nil {
 		return domain.Image{}, err
 	}
-	r.Files = append(r.Files[:len(r.Files):len(r.Files)], s.o.RecipeFiles[recipeName]...)
+	if more := s.o.RecipeFiles[recipeName]; more != nil {
+		files, err := more()
+		if err != nil {
+			return domain.Image{}, fmt.Errorf("build image %s: %w", recipeName, err)
+		}
+		r.Files = append(r.Files[:len(r.Files):len(r.Files)], files...)
+	}
 	key := fmt.Sprintf("build %s %t", recipeName, force)
 	m, err := s.flights.do(ctx, key, p, func(ctx context.Context, p domain.ProgressFunc) (*manifest, error) {
 		m, err := s.build(ctx, recipeName, r, force, p)

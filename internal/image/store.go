@@ -39,9 +39,9 @@ type Options struct {
 	Builds int
 	// Busybox is the static busybox of the minimal recipe; "" finds one.
 	Busybox string
-	// RecipeFiles are put into the images of the recipes so named, over what
-	// they have, and count for the recipe's digest.
-	RecipeFiles map[string][]File
+	// RecipeFiles are asked for what is put into the images of the recipes so
+	// named, over what they have; it counts for the recipe's digest.
+	RecipeFiles map[string]func() ([]File, error)
 	// Transport carries requests to registries. Default: one of its own with
 	// the proxies of the environment.
 	Transport http.RoundTripper
