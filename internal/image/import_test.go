@@ -128,6 +128,7 @@ func TestImportRefuses(t *testing.T) {
 		{"zip", []byte("PK\x03\x04aaaaaaaaaaaaaaaaaaaaaaa"), fault.Invalid, "a zip archive"},
 		{"program", []byte("\x7fELFaaaaaaaaaaaaaaaaaaaaaaa"), fault.Invalid, "a program"},
 		{"cut short", whole[:20000], fault.Invalid, "cut short"},
+		{"cut between entries", whole[:512+50176], fault.Invalid, "cut short"},
 		{"cut short gzip", compress(t, "gzip", whole)[:120], fault.Invalid, "gzip data is damaged or cut short"},
 		{"cut short zstd", compress(t, "zstd", whole)[:40], fault.Invalid, "zstd"},
 		{"cut short xz", compress(t, "xz", whole)[:100], fault.Invalid, "xz"},

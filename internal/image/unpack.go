@@ -63,8 +63,14 @@ func (u *unpacker) apply(ctx context.Context, r io.Reader, whiteouts bool) error
 	if _, err := io.Copy(io.Discard, in); err != nil {
 		return in.explain(err)
 	}
-	if in.n < 512 && u.entries == before && !whiteouts {
+	switch {
+	case whiteouts: // a layer has a digest, and some tools end them early
+		return nil
+	case in.n < blockBytes && u.entries == before:
 		return fmt.Errorf("%w: %w", errArchive, errEmpty)
+	case !in.endMark():
+		// Cut between two entries, nothing else would tell.
+		return fmt.Errorf("%w: cut short after %d bytes: no end mark: %w", errArchive, in.n, io.ErrUnexpectedEOF)
 	}
 	return nil
 }
@@ -160,7 +166,15 @@ type meter struct {
 	r    io.Reader
 	left *int64
 	n    int64
-	err  error // of r, if not the end
+	err  error  // of r, if not the end
+	tail []byte // the last bytes read, blockBytes at the most
+}
+
+const blockBytes = 512 // of a tar
+
+// endMark reports whether the stream ended in a block of zeros.
+func (m *meter) endMark() bool {
+	return len(m.tail) == blockBytes && strings.Trim(string(m.tail), "\x00") == ""
 }
 
 func (m *meter) Read(p []byte) (int, error) {
@@ -169,6 +183,8 @@ func (m *meter) Read(p []byte) (int, error) {
 	}
 	n, err := m.r.Read(p)
 	m.n += int64(n)
+	m.tail = append(m.tail, p[max(0, n-blockBytes):n]...)
+	m.tail = append(m.tail[:0], m.tail[max(0, len(m.tail)-blockBytes):]...)
 	*m.left -= int64(n)
 	switch {
 	case *m.left < 0:
