@@ -8,8 +8,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/agentiso/agentiso/internal/domain"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/agentiso/agentiso/internal/domain"
 )
 
 var update = flag.Bool("update", false, "rewrite golden files")

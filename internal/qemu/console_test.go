@@ -106,7 +106,7 @@ func TestConsoleFullDisk(t *testing.T) {
 	if err != nil {
 		t.Skip("missing capability: /dev/full")
 	}
-	real := c.f
+	sound := c.f
 	c.f = full
 	if n, err := c.Write([]byte("lost")); n != 4 || !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("first loss: %d, %v", n, err)
@@ -115,7 +115,7 @@ func TestConsoleFullDisk(t *testing.T) {
 		t.Errorf("second loss: %d, %v", n, err)
 	}
 	full.Close()
-	c.f = real
+	c.f = sound
 	write(t, c, "after")
 	if got := tail(c, 100); got != "before;after" {
 		t.Errorf("kept %q", got)

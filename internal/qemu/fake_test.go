@@ -204,7 +204,7 @@ func (w *world) open() *Owner {
 // restart stands for the daemon's: the next Owner knows nothing of the first.
 func (w *world) restart() {
 	w.t.Helper()
-	w.Owner.Close()
+	w.Close()
 	w.Owner = w.open()
 }
 
@@ -220,7 +220,7 @@ func (w *world) end() {
 			w.t.Error(err)
 		}
 	}
-	w.Owner.Close()
+	w.Close()
 	for _, parent := range []string{w.machinesDir(), w.probesDir()} {
 		if left, err := listUnder(parent); err != nil || len(left) > 0 {
 			w.t.Errorf("left in %s: %v, %v", parent, left, err)

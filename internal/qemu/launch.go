@@ -95,7 +95,7 @@ func (o *Owner) launch(ctx context.Context, build Build, spec domain.MachineSpec
 		return nil, err
 	}
 	// Connected before the process exists: nothing it says can be missed.
-	if r.console, err = net.Dial("unix", dir.path(consoleSocket)); err != nil {
+	if r.console, err = (&net.Dialer{}).DialContext(ctx, "unix", dir.path(consoleSocket)); err != nil {
 		return nil, err
 	}
 	l.TBSizeMiB = o.opts.TBSizeMiB

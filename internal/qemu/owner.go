@@ -198,8 +198,7 @@ func (o *Owner) start(ctx context.Context, spec domain.MachineSpec) (domain.Proc
 	m := o.newMachine(spec.ID, r.process, r.handle, con)
 	if err := o.attach(m, r); err != nil {
 		con.end()
-		r.discard()
-		return domain.Process{}, err
+		return domain.Process{}, errors.Join(err, r.discard())
 	}
 	return r.process, nil
 }

@@ -45,7 +45,7 @@ func parseStat(b []byte) (uint64, error) {
 		return 0, errors.New("stat has no command")
 	}
 	f := bytes.Fields(b[i+1:])
-	const state, start = 3 - 3, 22 - 3
+	const state, start = 0, 22 - 3 // the first here is the third there
 	if len(f) <= start {
 		return 0, errors.New("stat is short")
 	}

@@ -87,7 +87,7 @@ func (d runDir) trimLog(limit, keep int64) error {
 	}
 	tail := make([]byte, keep)
 	n, err := f.ReadAt(tail, st.Size()-keep)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
 	// QEMU's descriptor appends, so its next line follows the tail.

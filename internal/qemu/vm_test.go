@@ -499,7 +499,7 @@ func TestStateRoundTrip(t *testing.T) {
 	w := vmWorld(t, nil)
 	s := w.vmSpec("one")
 	p := w.boot(s)
-	if err := w.Owner.Close(); err != nil { // the monitor serves one client
+	if err := w.Close(); err != nil { // the monitor serves one client
 		t.Fatal(err)
 	}
 	w.Owner = w.open()
@@ -634,7 +634,7 @@ func copyMemory(t *testing.T, pid int, size int64, path string) {
 func TestVMMonitor(t *testing.T) {
 	w := vmWorld(t, nil)
 	p := w.start(w.vmSpec("one"))
-	w.Owner.Close()
+	w.Close()
 	w.Owner = w.open()
 	c, err := qmp.Dial(t.Context(), filepath.Join(p.RunDir, qmpSocket), qmp.Options{})
 	if err != nil {
