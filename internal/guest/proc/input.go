@@ -46,7 +46,7 @@ func (in *input) write(ctx context.Context, b []byte) error {
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
-		_ = in.file.SetWriteDeadline(time.Unix(1, 0))
+		_ = in.file.SetWriteDeadline(time.Now().Add(-time.Second))
 	})
 	n, err := in.file.Write(b)
 	if !stop() {

@@ -39,7 +39,7 @@ func (p *proc) run(deadline time.Time) {
 	for _, src := range p.sources {
 		go p.pump(src)
 	}
-	go p.watch(deadline)
+	go p.s.protect("watch over a process", func() { p.watch(deadline) })
 }
 
 // pump moves one source's output until the end, and keeps the source open for

@@ -180,6 +180,32 @@ func TestFloodOfSmallWrites(t *testing.T) {
 	}
 }
 
+// TestForkBomb runs one until its deadline: the agent must keep the threads it
+// needs to answer, and to kill all of it.
+func TestForkBomb(t *testing.T) {
+	r := newRig(t, rigOptions{})
+	if r.trees.dir == "" || intFile(r.trees.dir+"/pids.max") == 0 {
+		t.Skip("missing capability: cgroup v2 with the pids controller")
+	}
+	req := connect.NewRequest(sh("f() { f | f & }; f; f; sleep 1000"))
+	req.Header().Set("Connect-Timeout-Ms", "5000")
+	run, err := r.tryBegin(t, req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for alive(int(run.pid)) {
+		r.listed(t)
+	}
+	wantCode(t, run.wait().err, connect.CodeDeadlineExceeded, "")
+	eventually(t, "all of it is gone", func() bool {
+		b, err := os.ReadFile(r.trees.dir + "/cgroup.events")
+		return err == nil && strings.Contains(string(b), "populated 0")
+	})
+	if res := r.run(t, sh("echo fine")); res.stdout != "fine\n" {
+		t.Errorf("%+v", res)
+	}
+}
+
 // BenchmarkExec is one short command from request to end.
 func BenchmarkExec(b *testing.B) {
 	r := newRig(b, rigOptions{})

@@ -52,6 +52,11 @@ func newTrees(name string, log *slog.Logger) *trees {
 			return t
 		}
 		t.dir = dir
+		// With the cpu controller all processes together weigh as much as the
+		// agent: a thousand busy ones must not keep it from answering.
+		if err := writeFile(filepath.Join(root, "cgroup.subtree_control"), "+cpu"); err != nil {
+			log.Info("processes are not weighed against the agent", "err", err)
+		}
 		t.limitThreads(root)
 		return t
 	}
