@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"time"
 
@@ -207,8 +208,10 @@ func (s *Store) explainRegistry(ref name.Reference, err error) error {
 		return fault.New(fault.Unavailable, "%s: the transfer from %s broke off %d times: %w", what, registry, layerTries, err).
 			WithNext("Try again when the network is better.")
 	}
-	if ne, ok := errors.AsType[net.Error](err); ok {
-		return fault.New(fault.Unavailable, "%s: the registry %s cannot be reached: %w", what, registry, ne).
+	// Not net.Error: an errno is one, a full disk's too.
+	_, isURL := errors.AsType[*url.Error](err)
+	if _, isNet := errors.AsType[*net.OpError](err); isURL || isNet {
+		return fault.New(fault.Unavailable, "%s: the registry %s cannot be reached: %w", what, registry, err).
 			WithNext("Check the name, the network and the proxy settings of the daemon (HTTPS_PROXY).")
 	}
 	return s.explain(what, err)
