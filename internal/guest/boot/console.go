@@ -21,9 +21,15 @@ type Console struct {
 	fd int // -1: not open
 }
 
-// NewConsole returns the console. It opens the device at the first line and
-// again after the image's init has hung it up.
-func NewConsole() *Console { return &Console{fd: -1} }
+// NewConsole opens the console. It is opened again when the image's init has
+// hung it up, and at the next line when it could not be opened; the first
+// process holds it from its start, so that it can say what went wrong also
+// while it has no /dev.
+func NewConsole() *Console {
+	c := &Console{fd: -1}
+	c.open()
+	return c
+}
 
 func (c *Console) Write(p []byte) (int, error) {
 	c.mu.Lock()

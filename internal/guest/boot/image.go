@@ -125,7 +125,7 @@ func (s *System) FreeInitramfs() {
 	if s.initramfs < 0 {
 		return
 	}
-	for _, name := range []string{"init", "shutdown", "dev", "proc", "sys", "modules", newRoot[1:]} {
+	for _, name := range []string{"init", "shutdown", "dev", "proc", "sys", "run", "modules", newRoot[1:]} {
 		removeTree(s.initramfs, name, 0)
 	}
 	unix.Close(s.initramfs)

@@ -21,7 +21,7 @@ func (m mountPoint) mount() error {
 		return fmt.Errorf("mount %s: %w", m.target, err)
 	}
 	if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil {
-		return fmt.Errorf("mount %s: %w", m.target, os.NewSyscallError("mount", err))
+		return fmt.Errorf("mount %s: %w", m.target, err)
 	}
 	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 )
 
 const sysctlRoot = "/proc/sys"
@@ -44,21 +43,4 @@ func writeSysctls(root string, all []sysctl) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// Limits of everything that the agent starts. The kernel's default for process
-// 1 is 1024 open files, 4096 at the most, which a dev server exceeds. The soft
-// limit stays moderate because some programs close every possible descriptor
-// one by one when they start.
-const (
-	softFiles = 1 << 16
-	hardFiles = 1 << 20
-)
-
-// RaiseLimits sets the resource limits that children of the agent inherit.
-func RaiseLimits() error {
-	// By way of package syscall, which otherwise puts the old soft limit back
-	// into every child.
-	return os.NewSyscallError("setrlimit",
-		syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: softFiles, Max: hardFiles}))
 }

@@ -50,11 +50,12 @@ type Contents struct {
 // streams before anything is mounted; /dev/null because the Go runtime opens it
 // in their place on a machine that has no console, and aborts without it.
 // /shutdown is how systemd hands the machine back to its initrd at the end
-// (SYSTEMD.IO/INITRD_INTERFACE); it is the agent too.
+// (SYSTEMD.IO/INITRD_INTERFACE), having moved /run and the others there; it is
+// the agent too.
 func Write(w io.Writer, c Contents) error {
 	bw := bufio.NewWriterSize(w, 256<<10)
 	cw := NewWriter(bw)
-	for _, d := range []string{"dev", "proc", "sys", newRootDir, modulesDir} {
+	for _, d := range []string{"dev", "proc", "sys", "run", newRootDir, modulesDir} {
 		if err := cw.Dir(d, 0o755); err != nil {
 			return err
 		}
