@@ -32,6 +32,7 @@ type app struct {
 	configPath string
 	socket     string
 	json       bool
+	parsed     bool // the command line is understood, json therefore final
 
 	mu      sync.Mutex
 	restore func() // gives the terminal back; nil when it is not ours

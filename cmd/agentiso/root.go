@@ -30,11 +30,12 @@ func execute(ctx context.Context, args []string) int {
 	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
 	root := a.newRoot()
 	root.SetArgs(args)
-	// Errors in the flags themselves must come as JSON too when it is asked for.
-	a.json = jsonAsked(args)
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return 0
+	}
+	if !a.parsed { // an error in the command line itself comes as JSON, too
+		a.json = a.json || jsonAsked(args)
 	}
 	err = usageError(cmd, err)
 	if code, ok := ownFailure[cmd.Name()]; ok && cmd.Parent() == root {
@@ -63,6 +64,7 @@ func (a *app) newRoot() *cobra.Command {
 	}
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
+	root.PersistentPreRun = func(*cobra.Command, []string) { a.parsed = true }
 	f := root.PersistentFlags()
 	f.StringVar(&a.configPath, "config", "", "configuration `file`")
 	f.StringVar(&a.socket, "socket", "", "the daemon's socket, a `path`")
