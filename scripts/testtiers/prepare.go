@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 )
 
 // prepareVM makes what the vm tier's tests share, with the product's own
@@ -53,5 +55,10 @@ func prepareVM() error {
 			return err
 		}
 	}
-	return os.Setenv("AGENTISO_TEST_DATA", cache)
+	lean, err := os.ReadFile(filepath.Join(cache, "kernels", "names", "lean"))
+	if err != nil {
+		return err
+	}
+	vmlinux := filepath.Join(cache, "kernels", "kernels", strings.TrimSpace(string(lean)), "vmlinux")
+	return errors.Join(os.Setenv("AGENTISO_TEST_DATA", cache), os.Setenv("AGENTISO_TEST_KERNEL", vmlinux))
 }
