@@ -107,7 +107,7 @@ func (s *Store) importArchive(ctx context.Context, st *stage, u *unpacker, r io.
 	if err := writeAll(ctx, spool, r, s.o.MaxBytes); err != nil {
 		return nil, err
 	}
-	defer os.Remove(spool) //nolint:errcheck // its directory goes too
+	defer os.Remove(spool)
 	a, err := openArchive(ctx, spool, filepath.Join(st.dir, "layout"), s.o.MaxBytes)
 	if errors.Is(err, errNoImage) {
 		// A root file system that happens to begin like an image archive.

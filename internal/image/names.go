@@ -58,7 +58,7 @@ func (s *Store) setName(name, digest string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) //nolint:errcheck // it has usually been renamed
+	defer os.Remove(f.Name()) // it has usually been renamed
 	_, err = fmt.Fprintln(f, digest)
 	if err == nil {
 		err = f.Chmod(0o644)

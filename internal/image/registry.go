@@ -182,14 +182,14 @@ func (s *Store) explainRegistry(ref name.Reference, err error) error {
 	}
 	registry := ref.Context().RegistryStr()
 	if te, ok := errors.AsType[*transport.Error](err); ok {
-		switch {
-		case te.StatusCode == http.StatusUnauthorized || te.StatusCode == http.StatusForbidden:
+		switch te.StatusCode {
+		case http.StatusUnauthorized, http.StatusForbidden:
 			return fault.New(fault.Unauthorized, "%s: the registry %s refuses access: %w", what, registry, err).
 				WithNext("Check the reference; a private image needs a login (`docker login %s` writes the credentials that agentiso reads).", registry)
-		case te.StatusCode == http.StatusNotFound:
+		case http.StatusNotFound:
 			return fault.New(fault.NotFound, "%s: the registry %s has no such image: %w", what, registry, err).
 				WithNext("Check the repository and the tag.")
-		case te.StatusCode == http.StatusTooManyRequests:
+		case http.StatusTooManyRequests:
 			return fault.New(fault.Unavailable, "%s: the registry %s allows no more requests for now: %w", what, registry, err).
 				WithNext("Wait, or log in to the registry for a higher limit.")
 		}

@@ -81,20 +81,30 @@ func lockDir(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err != nil {
 		d.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, nil
+			err = nil
 		}
-		return nil, fmt.Errorf("lock %s: %w", dir, err)
+		return nil, err
 	}
 	// The lock may be that of a directory which was removed a moment ago.
-	var here, there unix.Stat_t
-	if unix.Fstat(int(d.Fd()), &here) != nil || unix.Stat(dir, &there) != nil || here.Ino != there.Ino {
+	if !samePlace(d, dir) {
 		d.Close()
 		return nil, nil
 	}
 	return d, nil
+}
+
+// samePlace reports whether dir still is the directory that d is.
+func samePlace(d *os.File, dir string) bool {
+	here, err := d.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Stat(dir)
+	return err == nil && os.SameFile(here, there)
 }
 
 // discard removes what is left of the stage; after publish, nothing is.
@@ -260,7 +270,7 @@ func (s *Store) condemn(digest string) (string, error) {
 // a bootstrap killed at a bad moment could leave: the host's own files would be
 // next.
 func removeTree(dir string) error {
-	real, err := filepath.EvalSymlinks(dir)
+	resolved, err := filepath.EvalSymlinks(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -272,7 +282,7 @@ func removeTree(dir string) error {
 		return err
 	}
 	defer f.Close()
-	below := strings.NewReplacer(" ", `\040`, "\t", `\011`, `\`, `\134`).Replace(real) + "/"
+	below := strings.NewReplacer(" ", `\040`, "\t", `\011`, `\`, `\134`).Replace(resolved) + "/"
 	for sc := bufio.NewScanner(f); sc.Scan(); {
 		if c := strings.Fields(sc.Text()); len(c) > 4 && strings.HasPrefix(c[4], below) {
 			return fmt.Errorf("remove %s: %s is mounted", dir, c[4])

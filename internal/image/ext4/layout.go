@@ -51,7 +51,6 @@ const (
 	modeBlock   = 0o060000
 	modeRegular = 0o100000
 	modeSymlink = 0o120000
-	modeSocket  = 0o140000
 	modeType    = 0o170000
 )
 
@@ -68,8 +67,6 @@ func fileType(mode uint32) byte {
 		return 4
 	case modeFIFO:
 		return 5
-	case modeSocket:
-		return 6
 	case modeSymlink:
 		return 7
 	}

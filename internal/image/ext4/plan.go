@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash"
-	"io"
 	"time"
 )
 
@@ -116,7 +115,7 @@ func (n *node) digest(h hash.Hash) {
 	for _, x := range n.xattrs {
 		fmt.Fprintf(h, "%d%q%q", x.index, x.name, x.value)
 	}
-	io.WriteString(h, n.target)
+	h.Write([]byte(n.target))
 	for _, name := range n.names() {
 		fmt.Fprintf(h, "%q%d", name, n.children[name].n.ino)
 	}

@@ -94,9 +94,9 @@ func split(name string) ([]string, error) {
 }
 
 // dir finds the directory that parts lead to from the root, following
-// symbolic links inside the tree as a process with this root would. With make
-// it creates what is missing, mode 0755 and the root's.
-func (w *Writer) dir(parts []string, make bool) (*node, error) {
+// symbolic links inside the tree as a process with this root would. With create
+// it makes what is missing, mode 0755 and the root's.
+func (w *Writer) dir(parts []string, create bool) (*node, error) {
 	cur, hops := w.root, 0
 	for todo := slices.Clone(parts); len(todo) > 0; {
 		name := todo[0]
@@ -110,7 +110,7 @@ func (w *Writer) dir(parts []string, make bool) (*node, error) {
 		}
 		e, ok := cur.children[name]
 		switch {
-		case !ok && !make:
+		case !ok && !create:
 			return nil, ErrNotFound
 		case !ok:
 			if len(name) > maxNameLen { // again only from a link's target

@@ -108,10 +108,9 @@ const (
 	FIFO        Kind = modeFIFO
 	CharDevice  Kind = modeChar
 	BlockDevice Kind = modeBlock
-	Socket      Kind = modeSocket
 )
 
-// Special makes a device node, FIFO or socket. Major is below 4096, minor
+// Special makes a device node or FIFO. Major is below 4096, minor
 // below 2^20, which is what Linux has.
 func (w *Writer) Special(name string, k Kind, major, minor uint32, a Attr) error {
 	n, err := w.node(uint32(k), a)
@@ -135,7 +134,7 @@ func (w *Writer) Symlink(name, target string, a Attr) error {
 	if target == "" || len(target) > maxSymlink {
 		return fmt.Errorf("make symbolic link %q: target of %d bytes: %w", name, len(target), ErrName)
 	}
-	n.mode |= 0o777
+	n.mode = modeSymlink | 0o777 // as the kernel has them all
 	n.target, n.size = target, int64(len(target))
 	if len(target) > maxFastLink {
 		if err := w.data(n, bytes.NewReader([]byte(target)), n.size); err != nil {

@@ -236,6 +236,17 @@ func TestManyInodesPerGroup(t *testing.T) {
 	fsck(t, f)
 }
 
+// TestManyGroups needs several blocks of descriptors.
+func TestManyGroups(t *testing.T) {
+	f := disk(t)
+	w := New(f, Options{FreeBytes: 100 << 30})
+	must(t, text(w, "a", "x", Attr{Mode: 0o644}))
+	if st := finish(t, w); st.SizeBytes < 100<<30 || st.ContentBytes > 4<<30 {
+		t.Errorf("%+v", st)
+	}
+	fsck(t, f)
+}
+
 func TestManySubdirectories(t *testing.T) {
 	f := disk(t)
 	w := New(f, Options{})
