@@ -39,6 +39,7 @@ func (s *Store) stage() (*stage, error) {
 		if err != nil {
 			return nil, fmt.Errorf("make temporary directory: %w", err)
 		}
+		s.step("staged")
 		return st, nil
 	}
 	return nil, errSwept
@@ -183,6 +184,7 @@ func (s *Store) publish(ctx context.Context, st *stage, m manifest, p domain.Pro
 	if err := st.disk.Sync(); err != nil {
 		return nil, fmt.Errorf("sync disk: %w", err)
 	}
+	s.step("synced")
 	p.Report(domain.Progress{Stage: "computing the digest"})
 	m.Version, m.CreatedAt = formatVersion, time.Now().UTC().Truncate(time.Second)
 	m.SizeBytes, m.ContentBytes, m.Files = stats.SizeBytes, stats.ContentBytes, stats.Files
@@ -192,6 +194,7 @@ func (s *Store) publish(ctx context.Context, st *stage, m manifest, p domain.Pro
 	if err := st.seal(m); err != nil {
 		return nil, err
 	}
+	s.step("sealed")
 	err = s.exclusively(func() error {
 		target := s.path(dirName(m.Digest))
 		if info, err := os.Stat(filepath.Join(target, diskFile)); err == nil && info.Size() == m.SizeBytes {
@@ -210,6 +213,7 @@ func (s *Store) publish(ctx context.Context, st *stage, m manifest, p domain.Pro
 	if err != nil {
 		return nil, fmt.Errorf("publish image %s: %w", m.Digest, err)
 	}
+	s.step("published")
 	return &m, nil
 }
 

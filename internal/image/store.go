@@ -56,6 +56,7 @@ type Store struct {
 	mu      sync.Mutex // names and directories while they change
 	flights flights
 	pause   time.Duration // before the second try of a transfer; doubles
+	step    func(string)  // told after each step that a crash may follow; tests die there
 }
 
 // Open opens the store in o.Dir, making it if need be, and removes what dead
@@ -79,7 +80,7 @@ func Open(o Options) (*Store, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "names"), 0o755); err != nil {
 		return nil, fmt.Errorf("open image store: %w", err)
 	}
-	s := &Store{o: o, log: o.Log, pause: time.Second}
+	s := &Store{o: o, log: o.Log, pause: time.Second, step: func(string) {}}
 	s.flights.init(o.Builds)
 	if err := s.sweep(); err != nil {
 		return nil, fmt.Errorf("open image store: %w", err)
@@ -282,11 +283,13 @@ func (s *Store) Remove(_ context.Context, ref string, inUse func(digest string) 
 			return err
 		}
 		diskRemoved = true
+		s.step("condemned")
 		for _, n := range all {
 			if err := s.removeName(n); err != nil {
 				return err
 			}
 		}
+		s.step("unnamed")
 		return nil
 	})
 	if doomed != "" {
