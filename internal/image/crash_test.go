@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"strings"
@@ -57,7 +58,7 @@ func TestCrash(t *testing.T) {
 			cmd := exec.Command(os.Args[0], "-test.run", "^TestCrashChild$")
 			cmd.Env = append(os.Environ(), crashEnv+"="+tc.what+" "+tc.step+" "+dir)
 			out, err := cmd.CombinedOutput()
-			if ee, ok := err.(*exec.ExitError); !ok || !ee.Sys().(syscall.WaitStatus).Signaled() {
+			if ee, ok := errors.AsType[*exec.ExitError](err); !ok || !ee.Sys().(syscall.WaitStatus).Signaled() {
 				t.Fatalf("the child ended by itself: %v\n%s", err, out)
 			}
 
