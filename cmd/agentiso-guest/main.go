@@ -83,7 +83,8 @@ func run(ctx context.Context, sys *boot.System, log *slog.Logger) error {
 		Log: log, Store: store, Version: version, InitMode: string(sys.Mode()), PowerOff: boot.PowerOff,
 	})
 	processes := proc.New(reaper, store, log)
-	server := guest.New(guest.Options{Identity: store, Process: processes, Guest: id, Log: log})
+	tunnels := identity.NewTunnels(log)
+	server := guest.New(guest.Options{Identity: store, Process: processes, Guest: id, Connect: tunnels, Log: log})
 
 	ready := boot.Uptime()
 	id.SetReady(ready, ready-sys.Started)
@@ -93,7 +94,7 @@ func run(ctx context.Context, sys *boot.System, log *slog.Logger) error {
 	err = server.Serve(link)
 	cut, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	return errors.Join(err, server.Close(cut), processes.Close(), id.Close(), link.Close())
+	return errors.Join(err, server.Close(cut), tunnels.Close(), processes.Close(), id.Close(), link.Close())
 }
 
 // listen opens the link that the host asked for. Where vsock does not come up

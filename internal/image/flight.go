@@ -13,7 +13,7 @@ import (
 type flights struct {
 	slots chan struct{}
 	stop  context.CancelFunc
-	base  context.Context //nolint:containedctx // what close cancels
+	base  context.Context // what close cancels
 
 	mu     sync.Mutex
 	flying map[string]*flight

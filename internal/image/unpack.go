@@ -162,7 +162,7 @@ func attributes(h *tar.Header) (ext4.Attr, error) {
 // meter reads from r until ctx is done or *left bytes have gone by, and
 // remembers whether it was r that failed.
 type meter struct {
-	ctx  context.Context //nolint:containedctx // lives as long as one call of apply
+	ctx  context.Context // lives as long as one call of apply
 	r    io.Reader
 	left *int64
 	n    int64

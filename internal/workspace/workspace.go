@@ -87,7 +87,7 @@ type Service struct {
 	entries map[string]*entry
 	closed  bool
 
-	life context.Context //nolint:containedctx // the Service's own life, not a caller's: it ends when Close begins
+	life context.Context // the Service's own life, not a caller's: it ends when Close begins
 	end  context.CancelFunc
 	ops  sync.WaitGroup // operations and watchers
 }

@@ -52,12 +52,4 @@ func under(p, dir string) bool {
 	return p == dir || dir == "/" || strings.HasPrefix(p, dir+"/")
 }
 
-// relative is p below dir, "." for dir itself.
-func relative(p, dir string) string {
-	if p == dir {
-		return "."
-	}
-	return strings.TrimPrefix(strings.TrimPrefix(p, dir), "/")
-}
-
 func join(dir, name string) string { return path.Join(dir, name) }

@@ -395,7 +395,7 @@ func (s *Service) GetWatcherEvents(_ context.Context, req *connect.Request[files
 	p, ok := s.watchers[req.Msg.GetWatcherId()]
 	s.mu.Unlock()
 	if !ok {
-		return nil, asConnect(noWatcher)
+		return nil, asConnect(errNoWatcher)
 	}
 	events, err := p.take()
 	if err != nil {
@@ -412,10 +412,10 @@ func (s *Service) RemoveWatcher(_ context.Context, req *connect.Request[filesyst
 	delete(s.watchers, id)
 	s.mu.Unlock()
 	if !ok {
-		return nil, asConnect(noWatcher)
+		return nil, asConnect(errNoWatcher)
 	}
 	p.w.close()
 	return connect.NewResponse(&filesystem.RemoveWatcherResponse{}), nil
 }
 
-var noWatcher = absentf("no such watcher")
+var errNoWatcher = absentf("no such watcher")

@@ -40,7 +40,7 @@ func growToDevice(dir string) (int64, error) {
 	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), ext4ResizeFS, uintptr(unsafe.Pointer(&blocks))); e != 0 {
 		return 0, fmt.Errorf("grow %s to %d blocks of %d bytes: %w", dir, blocks, fs.Bsize, e)
 	}
-	return int64(blocks) * int64(fs.Bsize), nil
+	return int64(blocks) * fs.Bsize, nil
 }
 
 // deviceSize returns the size in bytes of the block device number dev. Its name

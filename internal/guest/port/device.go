@@ -110,7 +110,7 @@ func (d *virtioPort) Read(p []byte, wait bool) (n int, err error) {
 	rerr := d.rc.Read(func(fd uintptr) bool {
 		n, err = retry(func() (int, error) { return unix.Read(int(fd), p) })
 		switch {
-		case err == unix.EAGAIN:
+		case errors.Is(err, unix.EAGAIN):
 			return false
 		case err == nil && n == 0 && wait:
 			return false // until the edge of somebody connecting
@@ -135,7 +135,7 @@ func (d *virtioPort) Write(p []byte) (int, error) {
 		var err error
 		werr := d.rc.Write(func(fd uintptr) bool {
 			n, err = retry(func() (int, error) { return unix.Write(int(fd), p[total:]) })
-			if err != unix.EAGAIN {
+			if !errors.Is(err, unix.EAGAIN) {
 				return true
 			}
 			// Full, or nobody there: either way the driver says EAGAIN, and
@@ -166,7 +166,7 @@ func hungUp(fd uintptr) bool {
 func retry(call func() (int, error)) (int, error) {
 	for {
 		n, err := call()
-		if err != unix.EINTR {
+		if !errors.Is(err, unix.EINTR) {
 			return n, err
 		}
 	}

@@ -94,7 +94,7 @@ func (c *Conn) exchange(kind, flags uint16, body []byte) ([]message, error) {
 	var list []message
 	for {
 		n, from, err := unix.Recvfrom(c.fd, c.buf, 0)
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
