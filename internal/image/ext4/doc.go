@@ -44,7 +44,7 @@
 // from a hash of the tree, time stamps from its entries.
 //
 // Directories are lists without an index, as mke2fs makes them; the kernel
-// indexes those that outgrow their first block later.
+// gives one to those that outgrow their first block in the guest.
 //
 // A Writer is for one goroutine. The format's facts are those of the Linux
 // kernel's Documentation/filesystems/ext4.
