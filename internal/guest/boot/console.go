@@ -17,6 +17,8 @@ const prefix = "agentiso: "
 // rather than stop the agent. Without a console device lines go to the kernel's
 // log.
 type Console struct {
+	devices []string // the first that opens
+
 	mu sync.Mutex
 	fd int // -1: not open
 }
@@ -25,12 +27,15 @@ type Console struct {
 // hung it up, and at the next line when it could not be opened; the first
 // process holds it from its start, so that it can say what went wrong also
 // while it has no /dev.
-func NewConsole() *Console {
-	c := &Console{fd: -1}
+func NewConsole() *Console { return openConsole("/dev/console", "/dev/kmsg") }
+
+func openConsole(devices ...string) *Console {
+	c := &Console{devices: devices, fd: -1}
 	c.open()
 	return c
 }
 
+// Write writes p, or loses it, and never fails.
 func (c *Console) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -49,7 +54,7 @@ func (c *Console) Write(p []byte) (int, error) {
 }
 
 func (c *Console) open() bool {
-	for _, dev := range []string{"/dev/console", "/dev/kmsg"} {
+	for _, dev := range c.devices {
 		fd, err := unix.Open(dev, unix.O_WRONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 		if err == nil {
 			c.fd = fd
