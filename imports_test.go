@@ -75,7 +75,8 @@ var rules = []rule{
 	{"internal/server/...", frontDoor("internal/server/..."), nil},
 	{"internal/mcp/...", frontDoor("internal/mcp/..."), nil},
 	{"internal/web/...", frontDoor("internal/web/..."), nil},
-	{"client/...", []string{"client/...", "api/...", "internal/fault"}, nil},
+	// Its tests talk to a daemon over fakes.
+	{"client/...", []string{"client/...", "api/...", "internal/fault"}, []string{"internal/server/servertest"}},
 
 	{"cmd/agentiso", []string{"client/...", "api/...", "internal/..."}, nil},
 	{"scripts/...", []string{"internal/cmdrun"}, nil},

@@ -191,8 +191,8 @@ func downloadTarget(isDir bool, remote, local, base string) (dir, name string, e
 		return local, base, nil
 	}
 	if err == nil { // write through a link, as cp does
-		if real, rerr := filepath.EvalSymlinks(local); rerr == nil {
-			local = real
+		if target, rerr := filepath.EvalSymlinks(local); rerr == nil {
+			local = target
 		}
 	}
 	return filepath.Dir(local), filepath.Base(local), nil

@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"io"
 	"strings"
@@ -62,7 +63,7 @@ type Process struct {
 	rpc    processconnect.ProcessClient
 	user   string
 	o      ExecOptions
-	ctx    context.Context //nolint:containedctx // the stream's life, which Wait ends
+	ctx    context.Context // the stream's life, which Wait ends
 	cancel context.CancelFunc
 	limit  time.Time // when Timeout strikes; zero without one
 	stream *connect.ServerStreamForClient[process.StartResponse]
@@ -102,7 +103,8 @@ func (c *Client) StartProcess(ctx context.Context, ref string, argv []string, o 
 		p.ctx, p.cancel = context.WithCancel(ctx)
 	}
 	stdin := o.Stdin != nil
-	msg := &process.StartRequest{Process: &process.ProcessConfig{Cmd: argv[0], Args: argv[1:], Envs: o.Env}, Stdin: &stdin}
+	tag := "agentiso-" + rand.Text()
+	msg := &process.StartRequest{Process: &process.ProcessConfig{Cmd: argv[0], Args: argv[1:], Envs: o.Env}, Stdin: &stdin, Tag: &tag}
 	if o.Workdir != "" {
 		msg.Process.Cwd = &o.Workdir
 	}
@@ -119,7 +121,12 @@ func (c *Client) StartProcess(ctx context.Context, ref string, argv []string, o 
 		}
 		_ = stream.Close()
 	}
+	p.rpc = c.processes(ref)
 	if err != nil {
+		if p.ctx.Err() != nil {
+			// It may have started all the same: its tag finds it.
+			p.killOrphan(&process.ProcessSelector{Selector: &process.ProcessSelector_Tag{Tag: tag}})
+		}
 		p.cancel()
 		return nil, p.startError(argv[0], c.failed(ctx, "starting "+argv[0]+" in "+ref, err))
 	}
@@ -170,7 +177,7 @@ func (p *Process) startError(program string, err error) error {
 }
 
 func (p *Process) selector() *process.ProcessSelector {
-	return &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: uint32(p.PID)}} //nolint:gosec // came as such
+	return &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: uint32(p.PID)}}
 }
 
 func request[T any](p *Process, m *T) *connect.Request[T] {
@@ -181,16 +188,16 @@ func request[T any](p *Process, m *T) *connect.Request[T] {
 
 // Kill ends the command at once.
 func (p *Process) Kill(ctx context.Context) error {
-	return p.signal(ctx, process.Signal_SIGNAL_SIGKILL)
+	return p.signal(ctx, p.selector(), process.Signal_SIGNAL_SIGKILL)
 }
 
 // Terminate asks the command to end (SIGTERM).
 func (p *Process) Terminate(ctx context.Context) error {
-	return p.signal(ctx, process.Signal_SIGNAL_SIGTERM)
+	return p.signal(ctx, p.selector(), process.Signal_SIGNAL_SIGTERM)
 }
 
-func (p *Process) signal(ctx context.Context, s process.Signal) error {
-	_, err := p.rpc.SendSignal(ctx, request(p, &process.SendSignalRequest{Process: p.selector(), Signal: s}))
+func (p *Process) signal(ctx context.Context, which *process.ProcessSelector, s process.Signal) error {
+	_, err := p.rpc.SendSignal(ctx, request(p, &process.SendSignalRequest{Process: which, Signal: s}))
 	if connect.CodeOf(err) == connect.CodeNotFound && connect.IsWireError(err) {
 		return nil // it has ended
 	}
@@ -200,15 +207,20 @@ func (p *Process) signal(ctx context.Context, s process.Signal) error {
 // killTimeout bounds the kill of a command whose caller has gone.
 const killTimeout = 2 * time.Second
 
+// killOrphan kills a command that nobody waits for any more.
+func (p *Process) killOrphan(which *process.ProcessSelector) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(p.ctx), killTimeout)
+	defer cancel()
+	_ = p.signal(ctx, which, process.Signal_SIGNAL_SIGKILL) // the daemon may be what is gone
+}
+
 // Wait passes the command's output on until it ends, and returns its exit code
 // as [Client.Exec] does.
 func (p *Process) Wait() (exit int, err error) {
 	end, err := p.output()
 	interrupted := p.ctx.Err() != nil
 	if end == nil && (interrupted || errors.As(err, new(*writeError))) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(p.ctx), killTimeout)
-		_ = p.Kill(ctx) // the daemon may be what is gone
-		cancel()
+		p.killOrphan(p.selector())
 	}
 	late := p.late(end, err)
 	p.cancel()

@@ -62,7 +62,7 @@ func (c *Client) Stat(ctx context.Context, ref, path, user string) (*FileInfo, e
 // ReadFile opens a file inside a workspace; size is -1 when it is not known.
 // The caller closes it.
 func (c *Client) ReadFile(ctx context.Context, ref, path, user string) (r io.ReadCloser, size int64, err error) {
-	res, err := c.agentCall(ctx, http.MethodGet, ref, "/files", path, user, nil)
+	res, err := c.agentCall(ctx, http.MethodGet, ref, "/files", path, user, nil) //nolint:bodyclose // the caller's to close
 	if err != nil {
 		return nil, 0, err
 	}
@@ -84,7 +84,7 @@ func (c *Client) WriteFile(ctx context.Context, ref, path, user string, r io.Rea
 // caller closes it. The stream ends with an error, and not with io.EOF, when
 // it is not whole.
 func (c *Client) ReadArchive(ctx context.Context, ref, path, user string) (io.ReadCloser, error) {
-	res, err := c.agentCall(ctx, http.MethodGet, ref, "/files/archive", path, user, nil)
+	res, err := c.agentCall(ctx, http.MethodGet, ref, "/files/archive", path, user, nil) //nolint:bodyclose // the caller's to close
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +147,7 @@ const trailerError = "X-Agentiso-Error"
 type body struct {
 	io.ReadCloser
 	c     *Client
-	ctx   context.Context //nolint:containedctx // the request's own
+	ctx   context.Context // the request's own
 	doing string
 	res   *http.Response // with a trailer to read; else nil
 }
@@ -157,7 +157,7 @@ func (b *body) Read(p []byte) (int, error) {
 	switch {
 	case err == nil:
 		return n, nil
-	case err != io.EOF: //nolint:errorlint // io.Reader's contract
+	case err != io.EOF:
 		return n, b.c.failed(b.ctx, b.doing, err)
 	case b.res != nil:
 		if why := b.res.Trailer.Get(trailerError); why != "" {

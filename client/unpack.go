@@ -51,7 +51,7 @@ func (u *unpacker) unpack(stream io.Reader) error {
 	tr := tar.NewReader(stream)
 	for n := 0; ; n++ {
 		h, err := tr.Next()
-		if err == io.EOF { //nolint:errorlint // archive/tar's contract
+		if err == io.EOF {
 			break
 		}
 		if err != nil {
@@ -195,12 +195,12 @@ func (u *unpacker) pour(f *os.File, contents io.Reader) error {
 
 // replace makes a file beside name and moves it there when it is whole, so
 // that a copy that breaks off leaves no half file.
-func (u *unpacker) replace(name string, make func(tmp string) error) error {
+func (u *unpacker) replace(name string, create func(tmp string) error) error {
 	if err := u.root.MkdirAll(path.Dir(name), 0o777); err != nil {
 		return err
 	}
-	tmp := path.Join(path.Dir(name), ".agentiso-"+strconv.FormatUint(rand.Uint64(), 36)) //nolint:gosec // a name, no secret
-	if err := make(tmp); err != nil {
+	tmp := path.Join(path.Dir(name), ".agentiso-"+strconv.FormatUint(rand.Uint64(), 36))
+	if err := create(tmp); err != nil {
 		_ = u.root.Remove(tmp)
 		return err
 	}

@@ -100,7 +100,7 @@ func (c *Client) Hold(ctx context.Context, o CreateOptions) (*Held, error) {
 	}
 	go func() { // ends with Release, or when the daemon ends the stream
 		defer close(h.done)
-		for stream.Receive() { //nolint:revive // nothing more is said
+		for stream.Receive() {
 		}
 		_ = stream.Close()
 	}()

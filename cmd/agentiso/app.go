@@ -250,12 +250,12 @@ func (c cleanWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func isTerminal(f *os.File) bool { return term.IsTerminal(int(f.Fd())) } //nolint:gosec // a descriptor
+func isTerminal(f *os.File) bool { return term.IsTerminal(int(f.Fd())) }
 
 // rawTerminal puts the terminal of stdin into raw mode until the returned
 // function, or the end of the program, gives it back.
 func (a *app) rawTerminal() (back func(), err error) {
-	fd := int(a.stdin.Fd()) //nolint:gosec // a descriptor
+	fd := int(a.stdin.Fd())
 	old, err := term.MakeRaw(fd)
 	if err != nil {
 		return nil, fmt.Errorf("put the terminal into raw mode: %w", err)

@@ -84,7 +84,7 @@ func (p *progress) run() {
 		if time.Since(p.began) < showAfter {
 			continue
 		}
-		width, _, err := term.GetSize(int(p.out.Fd())) //nolint:gosec // a descriptor
+		width, _, err := term.GetSize(int(p.out.Fd()))
 		if err != nil || width < 20 {
 			width = 80
 		}

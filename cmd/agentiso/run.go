@@ -24,7 +24,6 @@ type runFlags struct {
 	keep, rm      bool
 	showsTimings  bool
 	givenCommand  []string
-	imageEntry    []string
 	createOptions client.CreateOptions
 }
 

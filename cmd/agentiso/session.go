@@ -165,8 +165,8 @@ func (a *app) terminal(s *sessionFlags, o *client.ExecOptions) (end func(), err 
 // terminalSize is that of the terminal we print to; the usual one without it.
 func (a *app) terminalSize() client.Size {
 	for _, f := range []*os.File{a.stdout, a.stdin} {
-		if w, h, err := term.GetSize(int(f.Fd())); err == nil && w > 0 && h > 0 { //nolint:gosec // a descriptor
-			return client.Size{Cols: uint16(min(w, 1<<16-1)), Rows: uint16(min(h, 1<<16-1))} //nolint:gosec // bounded
+		if w, h, err := term.GetSize(int(f.Fd())); err == nil && w > 0 && h > 0 {
+			return client.Size{Cols: uint16(min(w, 1<<16-1)), Rows: uint16(min(h, 1<<16-1))}
 		}
 	}
 	return client.Size{Cols: 80, Rows: 24}

@@ -79,8 +79,8 @@ func formatBytes(n int64) string {
 		i++
 	}
 	unit := "KMGTP"[i : i+1]
-	if x < 9.95 && x != math.Trunc(x) {
-		return fmt.Sprintf("%.1f %siB", x, unit)
+	if x < 9.95 {
+		return strings.TrimSuffix(fmt.Sprintf("%.1f", x), ".0") + " " + unit + "iB"
 	}
 	return fmt.Sprintf("%.0f %siB", x, unit)
 }

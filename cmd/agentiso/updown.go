@@ -302,7 +302,7 @@ func (a *app) down(ctx context.Context, c *client.Client, stopMachines bool) (ru
 		return running{}, err
 	}
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(pollTime.Milliseconds())) //nolint:gosec // a descriptor
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(pollTime.Milliseconds()))
 		if err != nil && !errors.Is(err, unix.EINTR) {
 			return running{}, fmt.Errorf("wait for the daemon, pid %d: %w", i.PID, err)
 		}

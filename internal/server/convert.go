@@ -31,7 +31,7 @@ func workspaceOut(w *domain.Workspace) *agentisov1.Workspace {
 		Image:         w.Image,
 		ImageDigest:   w.ImageDigest,
 		Kernel:        w.Kernel,
-		Cpus:          uint32(max(w.CPUs, 0)), //nolint:gosec // within the configured maximum
+		Cpus:          uint32(max(w.CPUs, 0)),
 		MemoryMib:     w.MemoryMiB,
 		DiskBytes:     w.DiskBytes,
 		Environment:   w.Env,

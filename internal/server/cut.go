@@ -153,6 +153,6 @@ func lastFrame(f *fault.Error) []byte {
 	}
 	frame := make([]byte, frameHeader, frameHeader+len(body))
 	frame[0] = flagEnd
-	binary.BigEndian.PutUint32(frame[1:], uint32(len(body))) //nolint:gosec // a message of a few hundred bytes
+	binary.BigEndian.PutUint32(frame[1:], uint32(len(body)))
 	return append(frame, body...)
 }

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -100,7 +101,7 @@ func clearStale(path string) error {
 		return fault.New(fault.InUse, "%s exists and is not a socket", path).
 			WithNext("Move it away, or set server.socket in the configuration to another path.")
 	}
-	conn, err := net.DialTimeout("unix", path, staleDial)
+	conn, err := (&net.Dialer{Timeout: staleDial}).DialContext(context.Background(), "unix", path)
 	if err == nil {
 		_ = conn.Close()
 	}

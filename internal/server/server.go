@@ -73,6 +73,7 @@ type Server struct {
 	http    *http.Server
 	metrics *metrics
 
+	//nolint:containedctx // it is the Server's own life
 	life    context.Context // ends, with a fault as its cause, when Shutdown begins
 	end     context.CancelCauseFunc
 	overdue chan struct{} // closed answerWithin after that

@@ -42,9 +42,9 @@ func (h *systemService) Info(ctx context.Context, _ *connect.Request[agentisov1.
 		Accelerator:       i.Accelerator,
 		DefaultImage:      i.DefaultImage,
 		DefaultKernel:     i.DefaultKernel,
-		MaxWorkspaces:     uint32(max(i.MaxWorkspaces, 0)), //nolint:gosec // a configured limit
-		WorkspacesTotal:   uint32(len(all)),                //nolint:gosec // below that limit
-		WorkspacesRunning: uint32(running),                 //nolint:gosec // likewise
+		MaxWorkspaces:     uint32(max(i.MaxWorkspaces, 0)),
+		WorkspacesTotal:   uint32(len(all)),
+		WorkspacesRunning: uint32(running),
 	}), nil
 }
 

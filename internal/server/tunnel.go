@@ -48,7 +48,7 @@ func (p *agentProxy) tunnel(w http.ResponseWriter, r *http.Request, t target) {
 	}
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	res, err := p.connect(ctx, cancel, t, port, q.Get("host"))
+	res, err := p.connect(ctx, cancel, t, port, q.Get("host")) //nolint:bodyclose // closed as guest
 	if err != nil {
 		p.s.writeError(w, r, p.explain(ctx, t, err))
 		return
@@ -75,7 +75,7 @@ func (p *agentProxy) tunnel(w http.ResponseWriter, r *http.Request, t target) {
 	defer stop()
 	// What came with the request is in the buffer; beyond it net/http's reader
 	// would take the caller's half-close for the end of the request.
-	early, _ := buffered.Reader.Peek(buffered.Reader.Buffered())
+	early, _ := buffered.Peek(buffered.Reader.Buffered())
 	splice(conn, io.MultiReader(bytes.NewReader(early), conn), guest)
 }
 
@@ -168,7 +168,7 @@ func hungUp(conn net.Conn) bool {
 	}
 	hup := false
 	err = raw.Control(func(fd uintptr) {
-		p := []unix.PollFd{{Fd: int32(fd)}} //nolint:gosec // a descriptor
+		p := []unix.PollFd{{Fd: int32(fd)}}
 		n, err := unix.Poll(p, 0)
 		hup = err == nil && n > 0 && p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
 	})

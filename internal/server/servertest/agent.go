@@ -45,6 +45,7 @@ type Agent struct {
 }
 
 type proc struct {
+	tag    string
 	stdinR *io.PipeReader
 	stdinW *io.PipeWriter
 	sizes  chan string
@@ -118,7 +119,7 @@ func (a *Agent) Start(ctx context.Context, req *connect.Request[process.StartReq
 	default:
 		return connect.NewError(connect.CodeNotFound, fmt.Errorf("%s: executable file not found in PATH /bin", cfg.GetCmd()))
 	}
-	p := &proc{sizes: make(chan string, 8), killed: make(chan struct{})}
+	p := &proc{tag: req.Msg.GetTag(), sizes: make(chan string, 8), killed: make(chan struct{})}
 	p.stdinR, p.stdinW = io.Pipe()
 	if req.Msg.Stdin != nil && !req.Msg.GetStdin() {
 		_ = p.stdinW.Close()
@@ -131,15 +132,7 @@ func (a *Agent) Start(ctx context.Context, req *connect.Request[process.StartReq
 	pid := a.next
 	a.procs[pid] = p
 	a.mu.Unlock()
-	defer func() {
-		_ = p.stdinR.CloseWithError(io.ErrClosedPipe)
-		if ctx.Err() != nil {
-			return // it outlives its stream
-		}
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		delete(a.procs, pid)
-	}()
+	defer func() { _ = p.stdinR.CloseWithError(io.ErrClosedPipe) }()
 	send := func(e *process.ProcessEvent) error { return stream.Send(&process.StartResponse{Event: e}) }
 	if err := send(&process.ProcessEvent{Event: &process.ProcessEvent_Start{Start: &process.ProcessEvent_StartEvent{Pid: pid}}}); err != nil {
 		return err
@@ -147,8 +140,11 @@ func (a *Agent) Start(ctx context.Context, req *connect.Request[process.StartReq
 	user, _, _ := (&http.Request{Header: req.Header()}).BasicAuth()
 	end, err := a.run(ctx, p, cfg, user, send)
 	if err != nil {
-		return err
+		return err // its stream broke: it outlives that
 	}
+	a.mu.Lock()
+	delete(a.procs, pid)
+	a.mu.Unlock()
 	return send(&process.ProcessEvent{Event: &process.ProcessEvent_End{End: end}})
 }
 
@@ -249,8 +245,10 @@ func (a *Agent) sizes(ctx context.Context, p *proc, exited, killed *process.Proc
 func (a *Agent) find(s *process.ProcessSelector) (*proc, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if p := a.procs[s.GetPid()]; p != nil {
-		return p, nil
+	for pid, p := range a.procs {
+		if pid == s.GetPid() || s.GetTag() != "" && p.tag == s.GetTag() {
+			return p, nil
+		}
 	}
 	return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("no process with pid %d is running", s.GetPid()))
 }
