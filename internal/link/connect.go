@@ -84,7 +84,7 @@ func newLink(id string, ep domain.Endpoint, opts Options) *link {
 
 // open opens a stream to the agent, over a new session if need be.
 func (l *link) open(ctx context.Context) (*stream, error) {
-	for {
+	for again := false; ; again = true {
 		s, err := l.session(ctx)
 		if err != nil {
 			return nil, err
@@ -93,6 +93,8 @@ func (l *link) open(ctx context.Context) (*stream, error) {
 		switch {
 		case err == nil:
 			return st, nil
+		case errors.Is(err, errEnded) && again:
+			return nil, s.reason() // a fresh one ended, too: no bad luck
 		case errors.Is(err, errEnded):
 			continue // nothing was sent
 		case ctx.Err() != nil:

@@ -39,13 +39,6 @@ type channel struct {
 
 func (c *channel) Read(p []byte) (int, error) { return c.r.Read(p) }
 
-// WriteFrame writes a frame in one system call.
-func (c *channel) WriteFrame(hdr, body []byte) error {
-	bufs := net.Buffers{hdr, body}
-	_, err := bufs.WriteTo(c.Conn)
-	return err
-}
-
 // dialSerial connects to the Unix socket at path and brings the agent to the
 // beginning of mode. It takes as long as ctx lets it: an agent that is still
 // booting answers when it is up.

@@ -3,6 +3,7 @@ package link
 import (
 	"context"
 	"errors"
+	"net"
 	"sync"
 	"time"
 
@@ -11,24 +12,48 @@ import (
 	"github.com/agentiso/agentiso/internal/link/wire"
 )
 
-// mux is the carrier of a serial link: yamux behind a guard.
+// mux is the carrier of a serial link: yamux behind a guard and an outbox.
 type mux struct {
+	out   *outbox
 	guard *wire.Guard
 	yamux *yamux.Session
 	opens sync.WaitGroup // goroutines that wait for yamux
 }
 
 func newMux(c *channel) (*mux, error) {
-	guard := wire.NewGuard(c, wire.HostEnd)
-	y, err := yamux.Client(guard, wire.HostConfig())
-	if err != nil {
+	m := &mux{out: newOutbox(c)}
+	m.guard = wire.NewGuard(boxed{c, m.out}, wire.HostEnd)
+	var err error
+	if m.yamux, err = yamux.Client(m.guard, wire.HostConfig()); err != nil {
+		m.out.close()
+		m.out.loop.Wait()
 		return nil, err
 	}
-	return &mux{guard: guard, yamux: y}, nil
+	return m, nil
 }
 
-// dial opens a stream in a goroutine: yamux waits up to wire.WriteLimit for
-// the first frame to go out and knows no context.
+// boxed is a channel whose writes go through an outbox.
+type boxed struct {
+	*channel
+	out *outbox
+}
+
+func (b boxed) Write(p []byte) (int, error) {
+	if err := b.out.write(p); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (b boxed) WriteFrame(hdr, body []byte) error { return b.out.write(hdr, body) }
+
+func (b boxed) Close() error {
+	b.out.close()
+	return b.channel.Close()
+}
+
+// dial opens a stream in a goroutine: yamux knows no context and waits if too
+// many streams have not been acknowledged.
 func (m *mux) dial(ctx context.Context) (rawStream, error) {
 	type result struct {
 		st  *yamux.Stream
@@ -82,11 +107,21 @@ func (m *mux) broken() <-chan struct{} { return m.yamux.CloseChan() }
 func (m *mux) cause() error {
 	// yamux tells its users before the guard has heard: wait for the latter.
 	_ = m.yamux.Close()
-	return m.guard.Err()
+	err := m.guard.Err()
+	if errors.Is(err, net.ErrClosed) { // by yamux, which could not write
+		if werr := m.out.failure(); werr != nil {
+			return werr
+		}
+	}
+	return err
 }
 
 func (m *mux) close() { _ = m.yamux.Close() } // returns once its two goroutines have ended
-func (m *mux) wait()  { m.opens.Wait() }
+
+func (m *mux) wait() {
+	m.opens.Wait()
+	m.out.loop.Wait()
+}
 
 // muxStream is a stream of a mux.
 type muxStream struct {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/agentiso/agentiso/internal/fault"
@@ -160,7 +161,7 @@ func (s *session) explain(cause error) error {
 	switch {
 	case errors.Is(cause, wire.ErrAnew):
 		return errAnew(s.id)
-	case cause == nil || errors.Is(cause, io.EOF):
+	case cause == nil || errors.Is(cause, io.EOF) || errors.Is(cause, syscall.EPIPE) || errors.Is(cause, syscall.ECONNRESET):
 		cause = errors.New("its end was closed")
 	}
 	return errCut(s.id, cause)
@@ -279,10 +280,12 @@ func (st *stream) Write(p []byte) (int, error) {
 
 func (st *stream) explain(err error) error {
 	switch {
+	case st.s.ended():
+		// Even if the stream was closed: by net/http, perhaps, which met the
+		// same end before.
+		return st.s.reason()
 	case st.closed.Load():
 		return net.ErrClosed
-	case st.s.ended():
-		return st.s.reason()
 	case isTimeout(err):
 		return os.ErrDeadlineExceeded
 	case errors.Is(err, io.EOF):
