@@ -145,8 +145,7 @@ func (a *apt) show(ctx context.Context, name string) (pkg debPackage, ok bool, e
 	var out bytes.Buffer
 	err = a.h.run(ctx, cmdrun.Command{Argv: a.argv("apt-cache", "--no-all-versions", "show", name), Stdout: &out})
 	if err != nil {
-		var exit *exec.ExitError
-		if ctx.Err() == nil && errors.As(err, &exit) && exit.ExitCode() == 100 && strings.Contains(err.Error(), "No packages found") {
+		if e, ok := errors.AsType[*cmdrun.Error](err); ok && ctx.Err() == nil && strings.Contains(e.Stderr, "No packages found") {
 			return debPackage{}, false, nil
 		}
 		return debPackage{}, false, aptFault(ctx, "look up package "+name, err)

@@ -220,6 +220,8 @@ func (s *Store) unknown(name string, err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("load kernel %s: %w", name, err)
 	}
-	return fault.New(fault.NotFound, "no kernel is called %q: %w", name, err).
-		WithNext("`agentiso kernel ls` lists those that there are.")
+	return &fault.Error{
+		Kind: fault.NotFound, Msg: fmt.Sprintf("no kernel is called %q", name), Err: err,
+		Next: "`agentiso kernel ls` lists those that there are.",
+	}
 }

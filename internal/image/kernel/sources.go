@@ -27,7 +27,7 @@ type aptSource struct {
 
 // keptOptions are carried into private sources; what narrows them to some
 // target, language or time is not.
-var keptOptions = []string{"Trusted", "Check-Valid-Until", "Allow-Insecure", "Allow-Weak", "By-Hash", "Architectures"}
+var keptOptions = []string{"Trusted", "Check-Valid-Until", "Allow-Insecure", "Allow-Weak", "By-Hash"}
 
 // hostSources reads the sources below etcApt (/etc/apt), in apt's order.
 // Entries that are switched off, or that make no sense, are left out.
@@ -144,8 +144,8 @@ func parseOneLine(text string) []aptSource {
 				}
 				for _, k := range keptOptions {
 					short := strings.ToLower(k)
-					if key == short || short == "architectures" && key == "arch" {
-						s.options[k] = strings.ReplaceAll(value, ",", " ")
+					if key == short {
+						s.options[k] = value
 					}
 				}
 			}
@@ -168,7 +168,7 @@ func formatSources(all []aptSource) string {
 			b.WriteByte('\n')
 		}
 		// Without Targets, hosts with a software centre would fetch its icons.
-		fmt.Fprintf(&b, "Types: deb\nURIs: %s\nSuites: %s\nComponents: %s\nTargets: Packages\n",
+		fmt.Fprintf(&b, "Types: deb\nURIs: %s\nSuites: %s\nComponents: %s\nArchitectures: amd64\nTargets: Packages\n",
 			strings.Join(s.uris, " "), strings.Join(s.suites, " "), strings.Join(s.components, " "))
 		for _, k := range keptOptions {
 			if v := s.options[k]; v != "" {
@@ -223,7 +223,6 @@ func releaseSource(all []aptSource, codename, release, keyring string) (aptSourc
 		if slices.Contains(s.suites, codename) {
 			s.suites = []string{release}
 			s.signedBy = cmp.Or(keyring, s.signedBy)
-			delete(s.options, "Architectures")
 			return s, true
 		}
 	}
