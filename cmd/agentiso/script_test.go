@@ -21,23 +21,17 @@ func TestMain(m *testing.M) {
 	})
 }
 
-// vmDaemon starts a daemon over real machines for a script; it is set in the
-// vm tier only.
-var vmDaemon func(t *testing.T, ts *testscript.TestScript)
-
 // TestScript runs the command line's scripts. Besides the usual commands they
 // have
 //
 //	fake               start a daemon in the test's process, over fakes
 //	fake crash REF     end a workspace's machine
 //	fake entry ARG...  give the default image an entrypoint
-//	daemon             start a real daemon; only after [!vm] skip
 //	status N CMD...    run a command, which must leave with N
 //	anystatus CMD...   run a command, whose exit code depends on the host
 //	stalesocket PATH   leave a socket that nobody listens on
 //
-// and the condition [vm]. The environment has no daemon, no configuration and
-// directories of its own.
+// The environment has no daemon, no configuration and directories of its own.
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
@@ -56,10 +50,8 @@ func TestScript(t *testing.T) {
 			e.Setenv("AGENTISO_SERVER_SOCKET", filepath.Join(home, "none.sock"))
 			return os.MkdirAll(home, 0o700)
 		},
-		Condition: func(cond string) (bool, error) { return cond == "vm" && vmDaemon != nil, nil },
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"fake":   fakes(t),
-			"daemon": func(ts *testscript.TestScript, _ bool, _ []string) { vmDaemon(t, ts) },
 			"status": status, "anystatus": anyStatus, "stalesocket": staleSocket,
 		},
 	})
