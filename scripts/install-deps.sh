@@ -24,20 +24,22 @@ for purpose in "$@"; do
     ;;
   run)
     need qemu-system-x86_64 qemu-system-x86
-    need qemu-img qemu-utils
     need mmdebstrap mmdebstrap
-    need fakeroot fakeroot
-    need mke2fs e2fsprogs
     need dpkg-deb dpkg
     # An ordinary user's mmdebstrap unpacks inside a user namespace.
     [ "$(id -u)" = 0 ] || need newuidmap uidmap
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || packages+=(debian-archive-keyring)
     ;;
   test)
-    # cpio and xz check what the initrd and kernel code writes; the rest
-    # builds the lean kernel and serves as the contrast of benchmarks.
+    # cpio, e2fsck, xz and qemu-img check what our own code writes; make and
+    # what follows builds the lean kernel.
     need cpio cpio
+    need e2fsck e2fsprogs
+    need losetup mount
+    need fakeroot fakeroot
+    need fakechroot fakechroot
     need xz xz-utils
+    need qemu-img qemu-utils
     need busybox busybox-static
     need ip iproute2
     need nft nftables

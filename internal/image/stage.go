@@ -270,6 +270,14 @@ func (s *Store) condemn(digest string) (string, error) {
 	return dir, syncDir(s.o.Dir)
 }
 
+// reprieve undoes condemn.
+func (s *Store) reprieve(dir, digest string) error {
+	if err := os.Rename(filepath.Join(dir, "image"), s.path(dirName(digest))); err != nil {
+		return err
+	}
+	return syncDir(s.o.Dir)
+}
+
 // removeTree removes dir. It refuses when something is mounted below it, which
 // a bootstrap killed at a bad moment could leave: the host's own files would be
 // next.

@@ -282,6 +282,15 @@ func (s *Store) Remove(_ context.Context, ref string, inUse func(digest string) 
 		if doomed, err = s.condemn(digest); err != nil {
 			return err
 		}
+		// A create that recorded itself since the question found the image still
+		// there; one that does so from here on will not find it.
+		if users := inUse(digest); len(users) > 0 {
+			if err := s.reprieve(doomed, digest); err != nil {
+				return err
+			}
+			return fault.New(fault.InUse, "image %s is in use by %s", cmp.Or(ref, s.o.Default), strings.Join(users, ", ")).
+				WithNext("Destroy these workspaces first (`agentiso destroy`).")
+		}
 		diskRemoved = true
 		s.step("condemned")
 		for _, n := range all {

@@ -378,3 +378,29 @@ func TestClosed(t *testing.T) {
 	_, err = s.Import(context.Background(), "x", strings.NewReader(""), nil)
 	wantFault(t, err, fault.Unavailable)
 }
+
+// TestRemoveRacesWithCreate: a workspace that records itself while its image is
+// being removed keeps it.
+func TestRemoveRacesWithCreate(t *testing.T) {
+	s := open(t, Options{})
+	i, err := s.Import(t.Context(), "racer", bytes.NewReader(makeTar(t, sample...)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := 0
+	late := func(string) []string {
+		if asked++; asked == 1 {
+			return nil
+		}
+		return []string{"late"}
+	}
+	if _, removed, err := s.Remove(t.Context(), "racer", late); !fault.Is(err, fault.InUse) || removed {
+		t.Errorf("removed %t, %v; want in_use", removed, err)
+	}
+	if got, err := s.Image(t.Context(), "racer"); err != nil || got.Digest != i.Digest {
+		t.Errorf("the image is %+v, %v", got, err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(s.o.Dir, tmpPrefix+"*")); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
