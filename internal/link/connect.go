@@ -41,7 +41,8 @@ type link struct {
 	attempt   *attempt // nil while nobody tries
 	waiters   int
 	answered  bool          // an agent has answered since newLink
-	hostile   bool          // and the last one broke the protocol
+	serial    bool          // over its serial port, though vsock was asked for
+	hostile   bool          // the last session broke the protocol
 	held      error         // why new calls wait: suspended, measured
 	released  chan struct{} // closed when held is nil again
 	closed    chan struct{}
@@ -100,6 +101,9 @@ func (l *link) open(ctx context.Context) (*stream, error) {
 		case ctx.Err() != nil:
 			return nil, waited(ctx, l.id, errSilent)
 		default:
+			if _, ok := errors.AsType[*fault.Error](err); !ok {
+				err = errCut(l.id, err)
+			}
 			return nil, err
 		}
 	}
@@ -238,10 +242,16 @@ func (l *link) connect(ctx context.Context, a *attempt, hostile bool) (*session,
 	if hostile {
 		wait, most = lastRetry, hostileRetry
 	}
-	var refused time.Time // since when the socket has refused
-	for {
-		car, err := l.dial(ctx)
+	var refused time.Time // since when the machine has refused
+	l.mu.Lock()
+	serial := l.serial
+	l.mu.Unlock()
+	for ; ; serial = !serial {
+		car, err := l.dial(ctx, serial)
 		if err == nil {
+			l.mu.Lock()
+			l.serial = serial
+			l.mu.Unlock()
 			return l.begin(car), nil
 		}
 		a.note(err)
@@ -251,7 +261,7 @@ func (l *link) connect(ctx context.Context, a *attempt, hostile bool) (*session,
 		switch {
 		case ctx.Err() != nil:
 			return nil, err
-		case !l.refuses(err):
+		case !refuses(err):
 			refused = time.Time{}
 		case refused.IsZero():
 			refused = time.Now()
@@ -270,11 +280,16 @@ func (l *link) connect(ctx context.Context, a *attempt, hostile bool) (*session,
 }
 
 // refuses reports whether err is how the endpoint of an ended machine answers.
-func (l *link) refuses(err error) bool {
-	if l.ep.Kind == domain.LinkVsock {
-		return errors.Is(err, syscall.ENODEV) // no guest has that CID
+func refuses(err error) bool {
+	for _, e := range []syscall.Errno{
+		syscall.ENOENT, syscall.ECONNREFUSED, // no such socket, no QEMU behind it
+		syscall.ENODEV, // no guest has that CID
+	} {
+		if errors.Is(err, e) {
+			return true
+		}
 	}
-	return errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)
+	return false
 }
 
 // begin makes a session on car, and has its end logged.
@@ -352,23 +367,31 @@ func (l *link) unhold(cause error) {
 	}
 }
 
-// dial connects once, by the endpoint's kind.
-func (l *link) dial(ctx context.Context) (carrier, error) {
-	switch l.ep.Kind {
-	case domain.LinkVsock:
-		return dialVsock(ctx, l.ep)
-	default:
-		c, err := dialSerial(ctx, l.ep.Socket, wire.Mux, 0)
-		if err != nil {
-			return nil, err
+// otherTry is how long one attempt over the serial port of a vsock machine
+// lasts. An agent that listens there answers at once.
+const otherTry = 500 * time.Millisecond
+
+// dial connects once. An agent that found no vsock listens on its serial port
+// instead, so that the two are tried in turn if the machine has both.
+func (l *link) dial(ctx context.Context, serial bool) (carrier, error) {
+	if l.ep.Kind == domain.LinkVsock {
+		if !serial || l.ep.Socket == "" {
+			return dialPerStream(ctx, l.ep, l.opts.vsock)
 		}
-		m, err := newMux(c)
-		if err != nil {
-			c.Close()
-			return nil, err
-		}
-		return m, nil
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, otherTry)
+		defer cancel()
 	}
+	c, err := dialSerial(ctx, l.ep.Socket, wire.Mux, 0)
+	if err != nil {
+		return nil, err
+	}
+	m, err := newMux(c)
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return m, nil
 }
 
 func checkEndpoint(ep domain.Endpoint) error {

@@ -75,7 +75,7 @@ func handshake(ctx context.Context, c *channel, mode wire.Mode, size int64) erro
 			if err := sendHellos(c.Conn, f.AppendCopies(nil, copies)); err != nil {
 				return err
 			}
-			copies = min(copies*4, wire.Drain)
+			copies = min(copies*32, wire.Drain)
 		}
 		var err error
 		answered, err = awaitFrame(c, scan, f, wire.Welcome, time.Now().Add(wait))

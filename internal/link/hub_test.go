@@ -25,7 +25,15 @@ import (
 	"github.com/agentiso/agentiso/internal/link/wire"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// asInit, if set, runs the tests of a binary that was booted as PID 1.
+var asInit func(m *testing.M)
+
+func TestMain(m *testing.M) {
+	if asInit != nil && os.Getpid() == 1 {
+		asInit(m)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // sockDir returns a directory with a path short enough for a Unix socket.
 func sockDir(t testing.TB) string {

@@ -47,6 +47,8 @@ type Options struct {
 	// Ping is how long a session with calls pending may be silent before it
 	// is asked for a sign of life; 0 is 5 seconds.
 	Ping time.Duration
+
+	vsock dialCID // nil but in tests
 }
 
 func (o Options) withDefaults() Options {
@@ -58,6 +60,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.Stall == 0 {
 		o.Stall = 30 * time.Second
+	}
+	if o.vsock == nil {
+		o.vsock = vsockDial
 	}
 	if o.Ping == 0 {
 		o.Ping = 5 * time.Second

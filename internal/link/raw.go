@@ -79,8 +79,11 @@ func (l *link) within(ctx context.Context) (context.Context, context.CancelFunc)
 }
 
 func (l *link) dialRaw(ctx context.Context, mode wire.Mode, size int64) (net.Conn, error) {
-	if l.ep.Kind == domain.LinkVsock {
-		v := &perStream{ep: l.ep, conns: vsockDial}
+	l.mu.Lock()
+	serial := l.serial || l.ep.Kind == domain.LinkSerial
+	l.mu.Unlock()
+	if !serial {
+		v := &perStream{ep: l.ep, conns: l.opts.vsock}
 		return v.connect(ctx, mode, size)
 	}
 	return dialSerial(ctx, l.ep.Socket, mode, size)

@@ -16,18 +16,24 @@ import (
 	"testing"
 	"time"
 
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+
+	"github.com/agentiso/agentiso/internal/fault"
+	"github.com/agentiso/agentiso/internal/guest/port"
 	"github.com/agentiso/agentiso/internal/link"
 	"github.com/agentiso/agentiso/internal/link/wire"
 )
 
-// bootProbe boots the kernel named by AGENTISO_TEST_KERNEL, which must be a
-// PVH ELF with virtio-console built in, into the probe (see porttest/probe)
-// and returns the agent's socket.
-func bootProbe(t *testing.T) string {
+// boot builds program with the go command's arguments, boots the kernel named
+// by AGENTISO_TEST_KERNEL with it as the initrd's /init, and returns QEMU's
+// end and the paths of the agent's socket and of the console's log. The kernel
+// must be a PVH ELF with virtio-console and vsock built in.
+func boot(t *testing.T, build ...string) (ended <-chan struct{}, sock, console string) {
 	t.Helper()
 	kernel := os.Getenv("AGENTISO_TEST_KERNEL")
 	if kernel == "" {
-		t.Skip("missing capability: AGENTISO_TEST_KERNEL, a guest kernel with virtio-console built in")
+		t.Skip("missing capability: AGENTISO_TEST_KERNEL, a guest kernel with virtio-console and vsock built in")
 	}
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
@@ -35,10 +41,10 @@ func bootProbe(t *testing.T) string {
 	}
 	dir := sockDir(t)
 	init := filepath.Join(dir, "init")
-	build := exec.Command("go", "build", "-ldflags=-s -w", "-o", init, "github.com/agentiso/agentiso/internal/guest/port/porttest/probe")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build probe: %v\n%s", err, out)
+	cmd := exec.Command("go", append(build[:len(build)-1:len(build)-1], "-o", init, build[len(build)-1])...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build init: %v\n%s", err, out)
 	}
 	prog, err := os.ReadFile(init)
 	if err != nil {
@@ -48,8 +54,8 @@ func bootProbe(t *testing.T) string {
 	if err := os.WriteFile(initrd, newc(prog), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	sock, console := filepath.Join(dir, "s"), filepath.Join(dir, "console")
-	cmd := exec.Command(qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+	sock, console = filepath.Join(dir, "s"), filepath.Join(dir, "console")
+	cmd = exec.Command(qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-M", "microvm,x-option-roms=off,isa-serial=on,acpi=off,rtc=on,pit=on,pic=on",
 		"-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "256",
 		"-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet no_timer_check panic=-1",
@@ -62,9 +68,14 @@ func bootProbe(t *testing.T) string {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	done := make(chan struct{})
+	go func() {
+		_ = cmd.Wait()
+		close(done)
+	}()
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
+		<-done
 		if t.Failed() {
 			b, _ := os.ReadFile(console)
 			t.Logf("console:\n%s\nqemu: %s", b[max(0, len(b)-4096):], errb.String())
@@ -74,7 +85,72 @@ func bootProbe(t *testing.T) string {
 		_, err := os.Stat(sock)
 		return err == nil
 	})
-	return sock
+	return done, sock, console
+}
+
+const probe = "github.com/agentiso/agentiso/internal/guest/port/porttest/probe"
+
+func init() { asInit = runAsInit }
+
+// runAsInit is what this test binary does when a guest boots it: it runs the
+// vsock test and ends the machine.
+func runAsInit(m *testing.M) {
+	for _, mnt := range [][2]string{{"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"proc", "/proc"}} {
+		if err := os.MkdirAll(mnt[1], 0o755); err != nil {
+			fmt.Println(err)
+		}
+		if err := unix.Mount(mnt[0], mnt[1], mnt[0], 0, ""); err != nil {
+			fmt.Println("mount", mnt[1], err)
+		}
+	}
+	os.Args = []string{os.Args[0], "-test.run=^TestVsockInGuest$", "-test.v"}
+	code := m.Run()
+	fmt.Printf("vsock tests ended with code %d\n", code)
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+}
+
+// TestVsockInGuest has both ends on the real vsock of one kernel, over its
+// loopback transport (CID 1). Few hosts have that, so that the test boots
+// itself in a guest.
+func TestVsockInGuest(t *testing.T) {
+	if os.Getpid() == 1 {
+		vsockLoopback(t)
+		return
+	}
+	ended, _, console := boot(t, "test", "-c", "-tags=vm", ".")
+	select {
+	case <-ended:
+	case <-time.After(3 * time.Minute):
+		t.Fatal("the guest does not end")
+	}
+	b, err := os.ReadFile(console)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("console:\n%s", b)
+	if !bytes.Contains(b, []byte("--- PASS: TestVsockInGuest")) || !bytes.Contains(b, []byte("ended with code 0")) {
+		t.Error("the test did not pass in the guest")
+	}
+}
+
+func vsockLoopback(t *testing.T) {
+	l, err := port.ListenVsock(t.Context(), port.VsockOptions{AllowLocal: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveVsock(t, l)
+	h := newHub(t, link.Options{})
+	if err := h.Open("w", vsockEndpoint(vsock.Local, 3)); err != nil {
+		t.Fatal(err)
+	}
+	exercise(t, h)
+	if err := h.Open("x", vsockEndpoint(vsock.Local, 4)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, err = get(ctx, h.Transport("x"), "/health")
+	wantFault(t, err, fault.Timeout, "the agent closed the connection")
 }
 
 // newc is a cpio archive of one executable, /init.
@@ -88,7 +164,9 @@ func newc(init []byte) []byte {
 		b.Write(data)
 		b.Write(make([]byte, -b.Len()&3))
 	}
-	add("dev", 0o40755, 0, nil)
+	for _, dir := range []string{"dev", "proc", "sys", "tmp"} {
+		add(dir, 0o40755, 0, nil)
+	}
 	add("init", 0o100755, len(init), init)
 	add("TRAILER!!!", 0, 0, nil)
 	return b.Bytes()
@@ -97,7 +175,7 @@ func newc(init []byte) []byte {
 // TestRealPort runs the link over QEMU's own port. Run with -v it reports
 // what it measured; nothing is asserted about that.
 func TestRealPort(t *testing.T) {
-	sock := bootProbe(t)
+	_, sock, _ := boot(t, "build", "-ldflags=-s -w", probe)
 	h := newHub(t, link.Options{})
 	open(t, h, "w", sock)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)

@@ -2,11 +2,13 @@ package link
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/mdlayher/vsock"
@@ -41,11 +43,7 @@ type perStream struct {
 	open map[*vsockStream]struct{}
 }
 
-// dialVsock returns once the agent has answered on a connection.
-func dialVsock(ctx context.Context, ep domain.Endpoint) (carrier, error) {
-	return dialPerStream(ctx, ep, vsockDial)
-}
-
+// dialPerStream returns once the agent has answered on a connection.
 func dialPerStream(ctx context.Context, ep domain.Endpoint, dial dialCID) (carrier, error) {
 	v := &perStream{
 		ep: ep, conns: dial, epoch: time.Now(),
@@ -81,8 +79,13 @@ func (v *perStream) connect(ctx context.Context, mode wire.Mode, size int64) (ne
 func (v *perStream) dial(ctx context.Context) (rawStream, error) {
 	c, err := v.connect(ctx, wire.Mux, 0)
 	if err != nil {
-		if ctx.Err() == nil {
-			v.fail(err) // there is nobody: the next caller waits for somebody
+		v.mu.Lock()
+		alone := len(v.open) == 0
+		v.mu.Unlock()
+		// With nobody there the next caller waits for somebody. While other
+		// streams live, it may be a full backlog: they must not suffer.
+		if ctx.Err() == nil && (alone || errors.Is(err, syscall.ENODEV)) {
+			v.fail(err)
 		}
 		return nil, err
 	}
@@ -109,13 +112,15 @@ func (v *perStream) probe(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	var b [1]byte
-	if _, err := c.Write(b[:]); err != nil {
-		return err
+	_, err = c.Write(b[:])
+	if err == nil {
+		_, err = io.ReadFull(c, b[:])
 	}
-	if _, err := io.ReadFull(c, b[:]); err != nil {
-		if ctx.Err() != nil {
-			return fmt.Errorf("%w: %w", ctx.Err(), errSilent)
-		}
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		return fmt.Errorf("%w: %w", ctx.Err(), errSilent)
+	default:
 		return fmt.Errorf("the agent closed the connection: %w", err)
 	}
 	v.heard()
