@@ -64,22 +64,31 @@ func (c crashAt) Begin(ctx context.Context, op, step, id string) (context.Contex
 // testHost is what a daemon under test keeps on this host: directories that
 // outlive it, and its processes.
 type testHost struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string // data
 	run    string
 	config string
 	log    string
+	env    []string            // of the daemon, beside this process's
+	cred   *syscall.Credential // whose the daemon is; nil: ours
 	proc   *exec.Cmd
 }
 
-// newTestHost makes the directories. Kernels and images are hard links to
-// those that the tier's preparation made.
-func newTestHost(t *testing.T, extra string) *testHost {
+// testData is where the tier's preparation put kernels and images.
+func testData(t testing.TB) string {
 	t.Helper()
 	made := os.Getenv("AGENTISO_TEST_DATA")
 	if made == "" {
 		t.Skip("missing capability: kernels and images (AGENTISO_TEST_DATA; `make test` makes them)")
 	}
+	return made
+}
+
+// newTestHost makes the directories. Kernels and images are hard links to
+// those that the tier's preparation made.
+func newTestHost(t testing.TB, extra string) *testHost {
+	t.Helper()
+	made := testData(t)
 	data, err := os.MkdirTemp(made, "test-")
 	if err != nil {
 		t.Fatal(err)
@@ -117,12 +126,13 @@ func (h *testHost) start(crash string) *client.Client {
 	}
 	h.proc = exec.Command(os.Args[0])
 	h.proc.Env = append(os.Environ(), daemonEnv+"="+h.config, crashEnv+"="+crash, "AGENTISO_GUEST_BINARY="+agent)
+	h.proc.Env = append(h.proc.Env, h.env...)
 	h.proc.Stdout, h.proc.Stderr = log, log
-	h.proc.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	h.proc.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: h.cred}
 	if err := h.proc.Start(); err != nil {
 		h.t.Fatal(err)
 	}
-	c, err := client.New(client.Options{Socket: filepath.Join(h.run, "agentiso.sock")})
+	c, err := client.New(client.Options{Socket: h.socket()})
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -132,6 +142,8 @@ func (h *testHost) start(crash string) *client.Client {
 	})
 	return c
 }
+
+func (h *testHost) socket() string { return filepath.Join(h.run, "agentiso.sock") }
 
 // wait returns when the daemon's process has ended.
 func (h *testHost) wait() error {
