@@ -136,7 +136,7 @@ func assemble(ctx context.Context, cfg *config.Config, log *slog.Logger) (_ *dae
 
 	r := cfg.Resources
 	d.workspaces = workspace.New(workspace.Options{
-		Disks: d.disks, Networks: d.networks, Images: stores{d.images, d.kernels}, Machines: d.machines,
+		Disks: d.disks, Networks: d.networks, Images: stores{d.images, d.kernels}, Machines: d.machines, Pauses: d.machines,
 		Consoles: d.machines, Guests: d.links, Records: records, Recorder: testRecorder(d.telemetry.Recorder()),
 		Limits: workspace.Limits{
 			MaxWorkspaces: r.MaxWorkspaces,

@@ -102,6 +102,9 @@ func (a *app) printWorkspaces(all []*client.Workspace, quiet bool) error {
 
 // stateText is the state, with the reason when it needs one.
 func stateText(w *client.Workspace) string {
+	if w.State == client.Running && w.Reason != "" {
+		return "running, but held: " + w.Reason
+	}
 	if w.State == client.Failed && w.Reason != "" {
 		const limit = 40
 		if r := []rune(w.Reason); len(r) > limit {

@@ -204,6 +204,7 @@ func (m *machine) readEvents(ctx context.Context, c *qmp.Client, events *qmp.Sub
 func (m *machine) follow(ctx context.Context, c *qmp.Client, events *qmp.Subscription) {
 	retry := time.NewTicker(m.retry)
 	defer retry.Stop()
+	tried := false // to let the guest go on; whether it does, is seen a moment later
 	for {
 		select {
 		case e, ok := <-events.Events():
@@ -212,9 +213,13 @@ func (m *machine) follow(ctx context.Context, c *qmp.Client, events *qmp.Subscri
 			}
 			m.handle(e)
 		case <-retry.C:
+			next := m.retry
 			if m.heldReason() != "" {
-				m.resume(ctx, c, true)
+				if tried = m.resume(ctx, c, !tried); tried {
+					next = min(m.retry, settleTime)
+				}
 			}
+			retry.Reset(next)
 		case <-ctx.Done():
 			return
 		}
@@ -244,15 +249,19 @@ func (m *machine) handle(e qmp.Event) {
 	}
 }
 
+// settleTime is long enough for a guest that was let go to fail again: the
+// write that it is held for is the first thing that it does.
+const settleTime = 100 * time.Millisecond
+
 // resume finds out whether the guest is held by a failed write and, if try is
-// set, lets it write again. A guest that was stopped for another reason is left
-// alone.
-func (m *machine) resume(ctx context.Context, c *qmp.Client, try bool) {
+// set, lets it write again and returns true. A guest that was stopped for
+// another reason is left alone.
+func (m *machine) resume(ctx context.Context, c *qmp.Client, try bool) bool {
 	var status struct {
 		Status string `json:"status"`
 	}
 	if err := c.Do(ctx, "query-status", nil, &status); err != nil {
-		return // the connection's end is seen by follow
+		return false // the connection's end is seen by follow
 	}
 	held := ""
 	if status.Status == "io-error" {
@@ -262,11 +271,13 @@ func (m *machine) resume(ctx context.Context, c *qmp.Client, try bool) {
 	m.held = held
 	m.mu.Unlock()
 	if held == "" || !try {
-		return
+		return false
 	}
 	if err := c.Do(ctx, "cont", nil, nil); err != nil {
 		m.log.Warn("let guest write again", "err", err)
+		return false
 	}
+	return true
 }
 
 func (m *machine) heldReason() string {

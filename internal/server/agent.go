@@ -156,6 +156,10 @@ func (p *agentProxy) fail(w http.ResponseWriter, r *http.Request, err error) {
 // explain turns the error of a link into what users read.
 func (p *agentProxy) explain(ctx context.Context, t target, err error) *fault.Error {
 	if f, ok := errors.AsType[*fault.Error](err); ok {
+		// A guest that is held gives no sign of life either.
+		if _, _, err := p.s.o.Workspaces.Agent(ctx, t.id); fault.Is(err, fault.NoSpace) {
+			return fault.As(err)
+		}
 		return f
 	}
 	if ctx.Err() != nil {

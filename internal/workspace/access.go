@@ -23,6 +23,10 @@ func (s *Service) Agent(_ context.Context, ref string) (http.RoundTripper, *doma
 	if w.State != domain.Running {
 		return nil, nil, notRunning(w)
 	}
+	if why := s.paused(w); why != "" {
+		return nil, nil, fault.New(fault.NoSpace, "the guest of workspace %s is held: %s", w.Name, why).
+			WithNext("Free some space on this host: the guest then goes on by itself.")
+	}
 	return s.o.Guests.Transport(w.ID), w, nil
 }
 

@@ -175,7 +175,10 @@ func (s *Service) plan(ctx context.Context, o CreateOptions) (*domain.Workspace,
 
 func over(what, key string, have, least, most int64) error {
 	f := fault.New(fault.Limit, "%d %s is outside %d to %d", have, what, least, most)
-	f.Next = fmt.Sprintf("Ask for a value in that range, or raise %s in the configuration.", key)
+	f.Next = "Ask for a value in that range."
+	if have > most {
+		f.Next = fmt.Sprintf("Ask for a value in that range, or raise %s in the configuration.", key)
+	}
 	return f
 }
 

@@ -65,6 +65,13 @@ type Machines interface {
 	List(ctx context.Context) ([]string, error)
 }
 
+// Pauses knows which guests the host itself holds.
+type Pauses interface {
+	// Paused says why the guest of the live machine of id is held, "" if it is
+	// not. It goes on by itself when the reason has gone.
+	Paused(id string) string
+}
+
 // Consoles keeps what machines print.
 type Consoles interface {
 	// Tail returns at most the last n bytes of the console of id.

@@ -51,12 +51,13 @@ type Recorder interface {
 }
 
 // Options are a Service's collaborators and settings; all are required but
-// Recorder and UIDCount.
+// Pauses, Recorder and UIDCount.
 type Options struct {
 	Disks    Disks
 	Networks Networks
 	Images   Images
 	Machines Machines
+	Pauses   Pauses
 	Consoles Consoles
 	Guests   Guests
 	Records  Records
@@ -254,11 +255,33 @@ func (s *Service) Get(_ context.Context, ref string) (*domain.Workspace, error) 
 	if err != nil {
 		return nil, err
 	}
-	return s.rec(e), nil
+	return s.now(s.rec(e)), nil
 }
 
 // List returns copies of all records, oldest first.
-func (s *Service) List(context.Context) ([]*domain.Workspace, error) { return s.list(), nil }
+func (s *Service) List(context.Context) ([]*domain.Workspace, error) {
+	all := s.list()
+	for _, w := range all {
+		s.now(w)
+	}
+	return all, nil
+}
+
+// now adds to a copy of a record what no record keeps: that its guest is held.
+func (s *Service) now(w *domain.Workspace) *domain.Workspace {
+	if why := s.paused(w); why != "" {
+		w.Reason = why
+	}
+	return w
+}
+
+// paused says why the guest of a running workspace is held, "" if it is not.
+func (s *Service) paused(w *domain.Workspace) string {
+	if s.o.Pauses == nil || w.State != domain.Running {
+		return ""
+	}
+	return s.o.Pauses.Paused(w.ID)
+}
 
 // UsersOf names the workspaces whose disks stand on the image digest.
 func (s *Service) UsersOf(digest string) []string {
