@@ -117,23 +117,27 @@ func networkCheck(cfg *config.Config) server.Check {
 	return c
 }
 
-// checks looks at what the daemon has: kernel, image, accelerator.
+// checks looks at what the daemon has: kernel, image, and with both of them
+// the accelerator.
 func (d *daemon) checks(ctx context.Context) []server.Check {
-	boot, err := d.kernels.Boot(ctx, nameOnly(d.cfg.VM.Kernel))
-	if err != nil {
-		return []server.Check{faultCheck("kernel", err)}
+	kernelCheck := server.Check{Name: "kernel", Verdict: server.OK}
+	boot, kerr := d.kernels.Boot(ctx, nameOnly(d.cfg.VM.Kernel))
+	if kerr != nil {
+		kernelCheck = faultCheck("kernel", kerr)
+	} else {
+		kernelCheck.Detail = fmt.Sprintf("%s (%s)", boot.Kernel.Name, boot.Kernel.Release)
 	}
-	checks := []server.Check{{
-		Name: "kernel", Verdict: server.OK,
-		Detail: fmt.Sprintf("%s (%s)", boot.Kernel.Name, boot.Kernel.Release),
-	}}
-	img, err := d.images.Image(ctx, "")
-	if err != nil {
-		return append(checks, faultCheck("default image", err))
+	imageCheck := server.Check{Name: "default image", Verdict: server.OK}
+	img, ierr := d.images.Image(ctx, "")
+	if ierr != nil {
+		imageCheck = faultCheck("default image", ierr)
+	} else {
+		imageCheck.Detail = fmt.Sprintf("%s (%.19s)", d.cfg.Images.DefaultImage, img.Digest)
 	}
-	checks = append(checks, server.Check{
-		Name: "default image", Verdict: server.OK, Detail: fmt.Sprintf("%s (%.19s)", d.cfg.Images.DefaultImage, img.Digest),
-	})
+	checks := []server.Check{kernelCheck, imageCheck}
+	if kerr != nil || ierr != nil {
+		return checks
+	}
 	return append(checks, d.accelCheck(ctx, boot, img))
 }
 
