@@ -222,6 +222,6 @@ func (s *Store) unknown(name string, err error) error {
 	}
 	return &fault.Error{
 		Kind: fault.NotFound, Msg: fmt.Sprintf("no kernel is called %q", name), Err: err,
-		Next: "`agentiso kernel ls` lists those that there are.",
+		Next: "`agentiso kernel ls` lists those that there are; `agentiso kernel fetch` and `agentiso kernel build` make one.",
 	}
 }
