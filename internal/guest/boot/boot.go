@@ -51,9 +51,8 @@ const (
 	// rootDevice is where the root disk always is: the first virtio-blk.
 	rootDevice = "/dev/vda"
 	rootFSType = "ext4"
-	// rootWait bounds the wait for the disk's device node. With a kernel that
-	// has its drivers built in the node is there before the agent; a loaded
-	// host under TCG has been seen to need 0.4 s after the modules.
+	// rootWait bounds the wait for the disk's device node. The node is there as
+	// soon as the driver is, built in or loaded; the wait is for slow hosts.
 	rootWait = 10 * time.Second
 	// devicePoll is short against a boot and long against one look (10 µs).
 	devicePoll = time.Millisecond

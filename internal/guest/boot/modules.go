@@ -34,8 +34,8 @@ func loadModules(dir, list string, link Link, log *slog.Logger) error {
 	return nil
 }
 
-// needed spares the modules of the link that is not in use: the vsock stack
-// costs a boot under TCG 60 ms and can be had later with modprobe.
+// needed spares a boot the modules of the link that is not in use. The serial
+// port's are always loaded: it is what vsock falls back to.
 func needed(name string, link Link) bool {
 	return link == Vsock || !strings.Contains(name, "vsock")
 }

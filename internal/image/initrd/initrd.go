@@ -2,10 +2,11 @@
 // agent as /init, the kernel modules that it loads before it can reach its disk
 // and its link, and next to nothing else.
 //
-// The archive is a plain newc cpio, not compressed. Measured under TCG with a
-// 9 MB agent, QEMU's exec to the agent's first line, medians of 12: see
-// [Write]. It is a pure function of its contents, so a [Cache] keeps each by
-// the digest of what went into it.
+// The archive is a plain newc cpio, not compressed: unpacking costs an emulated
+// guest more than QEMU saves by reading less. CPU time of QEMU until the agent
+// is ready, TCG, lean kernel, 10.6 MB archive, medians of 8: plain 1.02 s, lz4
+// (4.8 MB) 1.05 s, gzip (4.1 MB) 1.15 s. It is a pure function of its contents,
+// so a [Cache] keeps each by the digest of what went into it.
 //
 // What the agent does with it is package guest/boot's business; which modules a
 // kernel needs is package image/kernel's. The agent knows the paths below by

@@ -25,7 +25,7 @@ var metaPackages = map[string]string{
 // downloads the package and unpacks it; nothing is installed and no root is
 // needed. When the store has one already it is returned at once, unless force:
 // then a newer one is looked for. The first kernel of a store becomes its
-// default.
+// default, and a newer one of the same distribution takes that over.
 func (s *Store) Fetch(ctx context.Context, force bool, p domain.ProgressFunc) (domain.Kernel, error) {
 	if err := s.acquire(ctx); err != nil {
 		return domain.Kernel{}, err
@@ -180,8 +180,15 @@ func (s *Store) publishTree(ctx context.Context, tree, family, source string) (d
 	if err != nil {
 		return domain.Kernel{}, fmt.Errorf("package %s: %w", source, err)
 	}
+	// A newer one takes the default over from the one before, but not from a
+	// kernel of another kind, which somebody has chosen.
+	_, def, err := s.Kernels(ctx)
+	if err != nil {
+		return domain.Kernel{}, err
+	}
 	return s.publish(ctx, newKernel{
 		name: family + "-" + release, source: source, vmlinux: vmlinux, modules: mods,
+		makeDefault: strings.HasPrefix(def, family+"-"),
 	})
 }
 

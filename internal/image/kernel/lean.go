@@ -33,8 +33,8 @@ const (
 	// leanSteps is how many lines about a finished object a build prints: 2000
 	// with 861 options, 2137 with today's. It only scales the progress bar.
 	leanSteps = 2137
-	// leanSpace is what a build needs: 160 MB of download, 1.6 GB of source,
-	// 0.5 GB of objects.
+	// leanSpace is what a build needs: 154 MB of download and 2.0 GB of source
+	// and objects.
 	leanSpace = 3 << 30
 	// buildNice keeps a build out of the way of running machines.
 	buildNice = "10"

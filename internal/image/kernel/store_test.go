@@ -100,6 +100,46 @@ func TestFetchAndBoot(t *testing.T) {
 	}
 }
 
+func TestNewerKernelTakesTheDefaultFromItsKind(t *testing.T) {
+	s, fh := newStore(t)
+	withCloudKernel(t, fh, pvhVmlinux(banner))
+	if _, err := s.Fetch(t.Context(), false, nil); err != nil {
+		t.Fatal(err)
+	}
+	newer := func(version string) string {
+		t.Helper()
+		release := "6.1.0-" + version + "-cloud-amd64"
+		pkg := "linux-image-" + release
+		fh.pkg("linux-image-cloud-amd64", "6.1."+version, pkg, nil)
+		fh.pkg(pkg, "6.1."+version, "", func(dir string) {
+			put(t, filepath.Join(dir, "boot/vmlinuz-"+release), string(bzImage(t, "lz4", pvhVmlinux(banner+version))))
+			if err := os.CopyFS(filepath.Join(dir, "usr/lib/modules", release), os.DirFS(modulesDir(t))); err != nil {
+				t.Error(err)
+			}
+		})
+		k, err := s.Fetch(t.Context(), true, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k.Name
+	}
+	name := newer("57")
+	if _, def, _ := s.Kernels(t.Context()); def != name {
+		t.Errorf("default %q, want %q", def, name)
+	}
+	leanHost(t, fh, false)
+	if _, err := s.BuildLean(t.Context(), 0, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	newer("58")
+	if _, def, _ := s.Kernels(t.Context()); def != LeanName {
+		t.Errorf("default %q, want %q", def, LeanName)
+	}
+	if k, err := s.Fetch(t.Context(), false, nil); err != nil || k.Name != "debian-6.1.0-58-cloud-amd64" {
+		t.Errorf("newest: %+v, %v", k, err)
+	}
+}
+
 func TestFetchUbuntu(t *testing.T) {
 	s, fh := newStore(t)
 	put(t, filepath.Join(s.host.root, "etc/os-release"), "ID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n")
