@@ -40,7 +40,7 @@ func serve(ctx context.Context, cfg *config.Config, log *slog.Logger, ready func
 	sys := newSystem(d)
 	srv := server.New(server.Options{
 		Workspaces: d.workspaces, Images: d.images, Kernels: d.kernels, System: sys,
-		Metrics: d.telemetry.Handler(), Registerer: d.telemetry.Registry(), Log: log,
+		Metrics: d.telemetry.Handler(), Registerer: d.telemetry.Registry(), Trace: d.telemetry.Middleware, Log: log,
 	})
 	l, err := server.Listen(cfg.Server.Socket, cfg.Server.SocketGroup)
 	if err != nil {

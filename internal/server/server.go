@@ -55,7 +55,7 @@ const (
 	maxHeader  = 64 << 10
 )
 
-// Options are a Server's collaborators; all are required but Metrics.
+// Options are a Server's collaborators; all are required but Metrics and Trace.
 type Options struct {
 	Workspaces Workspaces
 	Images     Images
@@ -63,6 +63,8 @@ type Options struct {
 	System     System
 	Metrics    http.Handler          // answers GET /metrics
 	Registerer prometheus.Registerer // takes the metrics of this package
+	// Trace gives every call a span; it must pass the ResponseWriter on as it is.
+	Trace func(http.Handler) http.Handler
 	Log        *slog.Logger
 }
 
@@ -107,6 +109,9 @@ func New(o Options) *Server {
 	}
 	mux.HandleFunc("/", s.unknownPath)
 	s.handler = s.admit(mux)
+	if o.Trace != nil {
+		s.handler = o.Trace(s.handler)
+	}
 
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
