@@ -65,7 +65,7 @@ type Options struct {
 	Registerer prometheus.Registerer // takes the metrics of this package
 	// Trace gives every call a span; it must pass the ResponseWriter on as it is.
 	Trace func(http.Handler) http.Handler
-	Log        *slog.Logger
+	Log   *slog.Logger
 }
 
 // Server answers calls. Make it with [New].
