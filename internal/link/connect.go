@@ -266,6 +266,9 @@ func (l *link) connect(ctx context.Context, a *attempt, hostile bool) (*session,
 		case refused.IsZero():
 			refused = time.Now()
 		case time.Since(refused) >= goneAfter:
+			l.mu.Lock()
+			l.answered = false // whatever comes next boots first
+			l.mu.Unlock()
 			return nil, errGone(l.id, err)
 		}
 		t := time.NewTimer(wait)

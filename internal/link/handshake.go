@@ -26,6 +26,9 @@ const (
 	// helloWrite bounds one write of hellos: a guest that does not read yet
 	// must not keep the host from listening.
 	helloWrite = 20 * time.Millisecond
+	// startWait bounds the second half of a handshake, whose first half shows
+	// that the agent is there.
+	startWait = 10 * time.Second
 	// readAhead is the buffer between socket and guard. 64 KiB is about what
 	// the kernel hands over at once.
 	readAhead = 64 << 10
@@ -66,7 +69,7 @@ var errSilent = errors.New("its port is open but nothing answers")
 
 func handshake(ctx context.Context, c *channel, mode wire.Mode, size int64) error {
 	f := wire.Frame{Kind: wire.Hello, Mode: mode, Version: wire.Version, Size: size}
-	rand.Read(f.Nonce[:]) //nolint:errcheck // it cannot fail, see its documentation
+	_, _ = rand.Read(f.Nonce[:]) // it cannot fail
 	scan := wire.NewScanner(c.r, staleLimit)
 
 	wait, copies := firstResend, 1
@@ -87,14 +90,23 @@ func handshake(ctx context.Context, c *channel, mode wire.Mode, size int64) erro
 		}
 		wait = min(2*wait, lastResend)
 	}
-	// From here on the guest reads what the host sends next, so that there is
-	// nothing to resend, and ctx bounds the wait.
+	// From here on the guest reads what the host sends next: nothing needs to
+	// be sent again.
 	f.Kind = wire.Start
+	if err := c.SetWriteDeadline(time.Now().Add(startWait)); err != nil {
+		return err
+	}
 	if _, err := c.Conn.Write(f.Append(nil)); err != nil {
 		return err
 	}
-	if _, err := awaitFrame(c, scan, f, wire.Started, time.Time{}); err != nil {
+	started, err := awaitFrame(c, scan, f, wire.Started, time.Now().Add(startWait))
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return fmt.Errorf("%w: %w", ctx.Err(), errSilent)
+	case err != nil:
 		return err
+	case !started:
+		return fmt.Errorf("its agent fell silent in the handshake for %v", startWait)
 	}
 	return c.SetDeadline(time.Time{})
 }

@@ -89,7 +89,9 @@ func NewHub(opts Options) *Hub {
 // Open makes the link of id usable and returns at once: the first call over
 // it connects and waits for the agent within its own context. Opening a link
 // again with the endpoint it has does nothing; with another endpoint the old
-// link is closed first. The error is that of an endpoint that cannot be used.
+// link is closed first; a machine that takes the place of another at the same
+// endpoint wants a Close in between. The error is that of an endpoint that
+// cannot be used, or of a hub that was shut down.
 func (h *Hub) Open(id string, ep domain.Endpoint) error {
 	if err := checkEndpoint(ep); err != nil {
 		return fmt.Errorf("open link %s: %w", id, err)
@@ -97,9 +99,12 @@ func (h *Hub) Open(id string, ep domain.Endpoint) error {
 	l := newLink(id, ep, h.opts)
 	h.mu.Lock()
 	old := h.links[id]
-	if h.closed || old != nil && sameEndpoint(old.ep, ep) {
+	if h.closed {
 		h.mu.Unlock()
-		l.close()
+		return errClosed(id)
+	}
+	if old != nil && sameEndpoint(old.ep, ep) {
+		h.mu.Unlock()
 		return nil
 	}
 	h.links[id] = l

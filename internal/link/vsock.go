@@ -167,7 +167,7 @@ func (st *vsockStream) Read(p []byte) (int, error) {
 	if n > 0 {
 		st.v.heard()
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		// The kernel tells an agent's end from a machine's: that is a reset.
 		st.eof.Store(true)
 	}

@@ -14,6 +14,14 @@ import (
 
 // MaxWindow is how many bytes a stream's sender may be ahead of its reader;
 // it bounds what a guest can make the host hold for one call.
+//
+// HTTP bodies of 64 MiB go at 41 to 66 % of the raw port's speed from the
+// guest (median run: 137 of 232 MB/s) and at 78 to 100 % to it (129 of
+// 146 MB/s). Neither yamux's own 256 KiB nor 1 MiB changes that beyond the
+// noise; the system calls of the guest's port take three quarters of the
+// guest's time. One call takes 0.8 ms; closing the session, reopening it and a
+// call take 3 ms. TestRealPort of package link, p50 of 7, QEMU 7.2 TCG, one
+// vCPU, on two cores with a load of 6 to 10.
 const MaxWindow = 512 << 10
 
 // HeaderSize is a yamux header's length: version, type, flags (2), stream id

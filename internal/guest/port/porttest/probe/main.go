@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,7 +27,6 @@ func main() {
 	if err := run(); err != nil {
 		fmt.Println("probe:", err)
 	}
-	// The kernel panics when PID 1 ends, which says enough.
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART); err != nil {
 		fmt.Println("probe: reboot:", err)
 	}
@@ -37,7 +37,7 @@ func run() error {
 		if err := os.MkdirAll(m[1], 0o755); err != nil {
 			return err
 		}
-		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil && err != unix.EBUSY {
+		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
 	}
