@@ -15,8 +15,9 @@ import (
 )
 
 // stopLimit is how long a guest may take to shut down before its machine is
-// ended; the agent itself allows processes 2 s between SIGTERM and SIGKILL.
-const stopLimit = 15 * time.Second
+// ended. The agent allows processes 2 s between SIGTERM and SIGKILL, and an
+// image's own init 15 s for all of its services (package guest/boot).
+const stopLimit = 25 * time.Second
 
 // Start boots a stopped or failed workspace and returns once its guest has
 // confirmed its identity. On an error it is stopped again.
@@ -77,7 +78,7 @@ func (s *Service) Start(ctx context.Context, ref string) (_ *domain.Workspace, _
 }
 
 // Stop shuts the guest down and keeps the disk. With force, or when the guest
-// does not end within 15 s, the machine is ended as by pulling the plug. A
+// does not end within 25 s, the machine is ended as by pulling the plug. A
 // stop goes on to its end even when the caller has gone.
 func (s *Service) Stop(ctx context.Context, ref string, force bool) (_ *domain.Workspace, err error) {
 	ctx, done, err := s.begin(ctx)
@@ -106,8 +107,11 @@ func (s *Service) Stop(ctx context.Context, ref string, force bool) (_ *domain.W
 	return s.rec(e), nil
 }
 
-// finishStop takes a stopping workspace to stopped.
+// finishStop takes a stopping workspace to stopped. It is not cut short by
+// the caller's or the daemon's end: a guest that is killed instead of being
+// shut down loses what it had not written.
 func (s *Service) finishStop(ctx context.Context, e *entry, w *domain.Workspace, force bool) error {
+	ctx = context.WithoutCancel(ctx)
 	c := s.clock("stop", w.ID)
 	if !force {
 		// A guest that does not answer or does not end is ended below.
@@ -125,7 +129,7 @@ func (s *Service) finishStop(ctx context.Context, e *entry, w *domain.Workspace,
 			}
 		})
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
+	ctx, cancel := context.WithTimeout(ctx, undoLimit)
 	defer cancel()
 	if err := s.takeDown(ctx, c, w); err != nil {
 		return err

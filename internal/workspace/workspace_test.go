@@ -276,6 +276,20 @@ func TestStopStartDestroy(t *testing.T) {
 	wantFault(t, err, fault.NotFound)
 }
 
+func TestStopIsNotCutShort(t *testing.T) {
+	world := newWorld()
+	s, _ := world.daemon(t, nil)
+	w := mustCreate(t, s, CreateOptions{Name: "a"})
+	ctx, cancel := context.WithCancel(t.Context())
+	world.onShutdown = cancel
+	if _, err := s.Stop(ctx, "a", false); err != nil {
+		t.Fatal(err)
+	}
+	if exit := s.o.Machines.Exit(w.ID); !exit.Clean {
+		t.Errorf("the guest ended by %q, want that it shut down", exit.Reason)
+	}
+}
+
 func TestStartThatFailsIsStoppedAgain(t *testing.T) {
 	world := newWorld()
 	s, _ := world.daemon(t, nil)

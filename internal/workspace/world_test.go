@@ -38,8 +38,9 @@ type world struct {
 	failAt     string // the effect that happens and then reports a failure
 	guestDead  bool   // machines start, agents never answer
 	configures int
-	refuse     error // what Configure answers
-	drops      int   // how many Configure calls the link loses
+	refuse     error  // what Configure answers
+	drops      int    // how many Configure calls the link loses
+	onShutdown func() // called while a guest shuts down
 }
 
 type machine struct {
@@ -375,6 +376,9 @@ func (a agent) Configure(_ context.Context, r *connect.Request[guestv1.Configure
 }
 
 func (a agent) Shutdown(context.Context, *connect.Request[guestv1.ShutdownRequest]) (*connect.Response[guestv1.ShutdownResponse], error) {
+	if a.view.onShutdown != nil {
+		a.view.onShutdown()
+	}
 	a.view.dies(a.id, domain.Exit{Clean: true, Reason: "guest shut down"})
 	return connect.NewResponse(&guestv1.ShutdownResponse{}), nil
 }
