@@ -241,7 +241,8 @@ func agentAnswers(ctx context.Context, ep domain.Endpoint) error {
 		return err
 	}
 	defer hub.Close("probe")
-	c := guestv1connect.NewGuestClient(&http.Client{Transport: hub.Transport("probe")}, "http://guest")
+	c := guestv1connect.NewGuestClient(&http.Client{Transport: hub.Transport("probe")}, "http://guest",
+		connect.WithReadMaxBytes(4<<10), connect.WithAcceptCompression("gzip", nil, nil))
 	_, err := c.Info(ctx, connect.NewRequest(&guestv1.InfoRequest{}))
 	return err
 }

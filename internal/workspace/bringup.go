@@ -29,8 +29,15 @@ const (
 	consoleRows = 12
 )
 
+// maxAnswer bounds one answer of an agent; statistics, its largest, take some
+// hundred bytes.
+const maxAnswer = 64 << 10
+
+// guest returns a client of the agent of id. A guest is hostile: its answers
+// are bounded and never unpacked.
 func (s *Service) guest(id string) guestv1connect.GuestClient {
-	return guestv1connect.NewGuestClient(&http.Client{Transport: s.o.Guests.Transport(id)}, "http://guest")
+	return guestv1connect.NewGuestClient(&http.Client{Transport: s.o.Guests.Transport(id)}, "http://guest",
+		connect.WithReadMaxBytes(maxAnswer), connect.WithAcceptCompression("gzip", nil, nil))
 }
 
 // bringUp starts w's machine over the disk and slot that it has, waits for the
