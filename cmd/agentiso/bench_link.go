@@ -122,6 +122,10 @@ func (e *benchEnv) bulk(ctx context.Context, s *measure.Samples, id string, n in
 				return err
 			}},
 		} {
+			// What the guest still writes back of the copy before is not this one's.
+			if code, err := e.client.Exec(ctx, id, []string{"sync"}, client.ExecOptions{User: "root"}); err != nil || code != 0 {
+				return fmt.Errorf("sync: code %d: %w", code, err)
+			}
 			took, err := e.d.links.Raw(ctx, id, way.mode, copyBytes)
 			if err != nil {
 				return fmt.Errorf("raw %s: %w", way.metric, err)
