@@ -255,7 +255,7 @@ func (l *link) connect(ctx context.Context, a *attempt, hostile bool) (*session,
 			return l.begin(car), nil
 		}
 		a.note(err)
-		if _, ok := errors.AsType[*wire.Violation](err); ok {
+		if _, ok := errors.AsType[*wire.ViolationError](err); ok {
 			most = hostileRetry
 		}
 		switch {
@@ -302,7 +302,7 @@ func (l *link) begin(car carrier) *session {
 	l.opts.Log.Debug("link session began", "workspace", l.id)
 	s.tasks.Go(func() {
 		err := s.reason()
-		_, hostile := errors.AsType[*wire.Violation](err)
+		_, hostile := errors.AsType[*wire.ViolationError](err)
 		l.mu.Lock()
 		l.hostile = hostile
 		l.mu.Unlock()
@@ -364,7 +364,7 @@ func (l *link) hold(ctx context.Context, cause error) (already error) {
 func (l *link) unhold(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.held == cause {
+	if l.held == cause { //nolint:errorlint // whose hold it is, not what kind
 		l.held = nil
 		close(l.released)
 	}

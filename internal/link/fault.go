@@ -48,7 +48,7 @@ func errAnew(id string) *fault.Error {
 		WithNext("Try again; if it happens again, see `agentiso logs %s` for the machine's console.", id)
 }
 
-func errViolation(id string, v *wire.Violation) *fault.Error {
+func errViolation(id string, v *wire.ViolationError) *fault.Error {
 	return fault.New(fault.Unavailable, "the agent of workspace %s broke the link's protocol: %w", id, v).WithNext(nextHostile, id)
 }
 

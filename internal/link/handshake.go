@@ -123,7 +123,7 @@ func awaitFrame(c *channel, scan *wire.Scanner, f wire.Frame, kind wire.Kind, de
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return false, nil
 		case errors.Is(err, wire.ErrTooMuch):
-			return false, &wire.Violation{Detail: err.Error()}
+			return false, &wire.ViolationError{Detail: err.Error()}
 		case err != nil:
 			return false, err
 		}
@@ -131,7 +131,7 @@ func awaitFrame(c *channel, scan *wire.Scanner, f wire.Frame, kind wire.Kind, de
 			continue // of an earlier session
 		}
 		if got.Version != wire.Version {
-			return false, &wire.Violation{Detail: fmt.Sprintf("it speaks version %d, this daemon version %d", got.Version, wire.Version)}
+			return false, &wire.ViolationError{Detail: fmt.Sprintf("it speaks version %d, this daemon version %d", got.Version, wire.Version)}
 		}
 		return true, nil
 	}

@@ -151,7 +151,7 @@ func (h *Hub) Suspend(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if held := l.hold(ctx, l.suspended); held != nil && held != error(l.suspended) {
+	if held := l.hold(ctx, l.suspended); held != nil && held != error(l.suspended) { //nolint:errorlint // whose hold it is, not what kind
 		return held
 	}
 	return nil

@@ -155,7 +155,7 @@ func (s *session) watch() {
 
 // explain makes the fault of what ended the channel.
 func (s *session) explain(cause error) error {
-	if v, ok := errors.AsType[*wire.Violation](cause); ok {
+	if v, ok := errors.AsType[*wire.ViolationError](cause); ok {
 		return errViolation(s.id, v)
 	}
 	switch {

@@ -152,7 +152,9 @@ func Die(log *slog.Logger, err error) {
 	log.Error("cannot boot: " + err.Error())
 	if os.Getpid() == 1 {
 		unix.Sync()
-		endMachine()
+		if err := endMachine(); err != nil {
+			log.Error("cannot end the machine: " + err.Error())
+		}
 	}
 	os.Exit(1)
 }

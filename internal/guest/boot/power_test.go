@@ -75,7 +75,7 @@ func TestWaitGone(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer cmd.Wait() //nolint:errcheck // it is killed
+	defer cmd.Wait() // it is killed
 	p, err := readProcess("/proc", cmd.Process.Pid)
 	if err != nil {
 		t.Fatal(err)

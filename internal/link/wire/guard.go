@@ -52,13 +52,13 @@ const (
 	maxLateBytes  = 64 << 20
 )
 
-// A Violation is a peer that breaks the protocol. The session has ended.
-type Violation struct{ Detail string }
+// A ViolationError is a peer that breaks the protocol. The session has ended.
+type ViolationError struct{ Detail string }
 
-func (v *Violation) Error() string { return v.Detail }
+func (v *ViolationError) Error() string { return v.Detail }
 
 func violation(format string, args ...any) error {
-	return &Violation{fmt.Sprintf(format, args...)}
+	return &ViolationError{fmt.Sprintf(format, args...)}
 }
 
 // ErrAnew is the end of a session whose peer has begun anew: it sent a frame
@@ -139,7 +139,7 @@ func NewGuard(conn io.ReadWriteCloser, role Role) *Guard {
 }
 
 // Read reads what the peer sent, up to a violation; then it returns a
-// *[Violation] or [ErrAnew].
+// *[ViolationError] or [ErrAnew].
 func (g *Guard) Read(p []byte) (int, error) {
 	if err := g.Err(); err != nil {
 		return 0, err
@@ -483,7 +483,7 @@ func (g *Guard) fail(err error, rest []byte) {
 	}
 }
 
-// Err returns why reading ended: a *[Violation], [ErrAnew] or the channel's error. It is
+// Err returns why reading ended: a *[ViolationError], [ErrAnew] or the channel's error. It is
 // nil while the session runs.
 func (g *Guard) Err() error {
 	g.mu.Lock()
