@@ -11,14 +11,13 @@ import (
 )
 
 // prepareVM makes what the vm tier's tests share, with the product's own
-// commands: kernels and images, kept by digest below the user's cache
-// directory, so that a second run makes nothing.
+// commands: kernels and images, kept by digest in a cache directory, so that a
+// second run makes nothing.
 func prepareVM() error {
-	cache, err := os.UserCacheDir()
+	cache, err := cacheDir()
 	if err != nil {
 		return err
 	}
-	cache = filepath.Join(cache, "agentiso-test")
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return err
 	}
@@ -61,4 +60,14 @@ func prepareVM() error {
 	}
 	vmlinux := filepath.Join(cache, "kernels", "kernels", strings.TrimSpace(string(lean)), "vmlinux")
 	return errors.Join(os.Setenv("AGENTISO_TEST_DATA", cache), os.Setenv("AGENTISO_TEST_KERNEL", vmlinux))
+}
+
+// cacheDir is below the user's cache directory; root's is closed to the users
+// that machines run as.
+func cacheDir() (string, error) {
+	if os.Geteuid() == 0 {
+		return "/var/cache/agentiso-test", nil
+	}
+	dir, err := os.UserCacheDir()
+	return filepath.Join(dir, "agentiso-test"), err
 }
