@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 )
 
 var errNoSpace = syscall.ENOSPC
@@ -99,6 +100,7 @@ func (p *packer) entry(file, name string, fi fs.FileInfo, rootOwned bool) error 
 	if err != nil {
 		return err
 	}
+	h.ModTime = fi.ModTime().Truncate(time.Second) // archive/tar would round it, into the future
 	h.Name = name
 	if fi.IsDir() {
 		h.Name = strings.TrimSuffix(name, "/") + "/"
