@@ -47,7 +47,10 @@ type command struct {
 	argv []string
 	env  []string
 	dir  string
-	path string // the program, absolute; set by resolve
+	// asked is true when the request names dir; false when dir is the
+	// workspace's own or "".
+	asked bool
+	path  string // the program, absolute; set by resolve
 	head []byte // its first bytes, if the user may read them
 }
 
@@ -59,7 +62,7 @@ func compose(cfg *process.ProcessConfig, u users.User, id identity.Snapshot, pty
 	c := &command{user: u, name: cfg.GetCmd(), argv: append([]string{cfg.GetCmd()}, cfg.GetArgs()...)}
 	switch {
 	case cfg.GetCwd() != "":
-		c.dir = u.Path(cfg.GetCwd())
+		c.dir, c.asked = u.Path(cfg.GetCwd()), true
 	case id.Workdir != "":
 		c.dir = u.Path(id.Workdir)
 	}
@@ -163,7 +166,10 @@ type found struct {
 
 // find is what resolve does as the user.
 func (c *command) find() (f found, err error) {
-	if f.dir = c.dir; f.dir == "" {
+	if f.dir = c.dir; f.dir != "" && !c.asked && errors.Is(checkDir(f.dir), fs.ErrPermission) {
+		f.dir = "" // it is the default user's, and this is another
+	}
+	if f.dir == "" {
 		// Like a login: a home that cannot be entered is no reason to fail.
 		if f.dir = c.user.Path(""); checkDir(f.dir) != nil {
 			f.dir = "/"
