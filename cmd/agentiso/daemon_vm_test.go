@@ -56,7 +56,9 @@ type crashAt struct {
 func (c crashAt) Begin(ctx context.Context, op, step, id string) (context.Context, func(error)) {
 	if op+"/"+step == c.at {
 		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-		select {} // until it arrives
+		for {
+			_ = syscall.Pause() // until it arrives
+		}
 	}
 	return c.Recorder.Begin(ctx, op, step, id)
 }

@@ -3,8 +3,11 @@ package proc
 import (
 	"context"
 	"fmt"
+	"os"
+	"os/signal"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -182,6 +185,11 @@ func TestTerminal(t *testing.T) {
 // The end of a session's leader hangs its terminal up: whoever is left in the
 // foreground goes.
 func TestTerminalHangup(t *testing.T) {
+	// Under nohup, as in CI, this process and its children ignore SIGHUP; with
+	// a handler of its own the children get the default back.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	r := newRig(t, rigOptions{})
 	req := sh("sleep 1000 & echo pid=$! .; sleep 0.2")
 	req.Pty = &process.PTY{}
