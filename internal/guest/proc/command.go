@@ -51,7 +51,7 @@ type command struct {
 	// workspace's own or "".
 	asked bool
 	path  string // the program, absolute; set by resolve
-	head []byte // its first bytes, if the user may read them
+	head  []byte // its first bytes, if the user may read them
 }
 
 // compose makes the command of a request. Errors are Connect errors.
