@@ -90,7 +90,8 @@ func (m *machine) run(ctx context.Context, r *running) {
 
 	ws, ours := m.h.reap()
 	m.h.close()
-	m.exit = domain.Exit{At: time.Now(), Reason: m.reason(ws, ours)}
+	m.exit = domain.Exit{At: time.Now()}
+	m.exit.Reason, m.exit.Clean = m.reason(ws, ours)
 	close(m.done)
 }
 
@@ -287,7 +288,7 @@ func (m *machine) heldReason() string {
 }
 
 // reason says how the machine ended; ws counts if the process was our child.
-func (m *machine) reason(ws syscall.WaitStatus, ours bool) string {
+func (m *machine) reason(ws syscall.WaitStatus, ours bool) (reason string, clean bool) {
 	m.mu.Lock()
 	shutdown := m.shutdown
 	m.mu.Unlock()

@@ -144,8 +144,9 @@ func TestExitReason(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := exitReason(tt.shutdown, tt.killed, tt.ws, tt.ours, tt.console, tt.words); got != tt.want {
-				t.Errorf("got %q, want %q", got, tt.want)
+			got, clean := exitReason(tt.shutdown, tt.killed, tt.ws, tt.ours, tt.console, tt.words)
+			if got != tt.want || clean != (got == "guest shut down" || got == "killed") {
+				t.Errorf("got %q, clean %v, want %q", got, clean, tt.want)
 			}
 		})
 	}
