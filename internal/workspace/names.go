@@ -29,6 +29,9 @@ func newID() string {
 	return string(b)
 }
 
+// madeID reports whether s has the form of what newID returns.
+func madeID(s string) bool { return len(s) == idLength && strings.Trim(s, crockford) == "" }
+
 func newMachineID() string {
 	b := make([]byte, 16)
 	_, _ = rand.Read(b)

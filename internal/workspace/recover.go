@@ -116,7 +116,9 @@ func (s *Service) adopt(ctx context.Context, c *clock, e *entry, w *domain.Works
 }
 
 // sweep removes machines, disks, network slots and consoles that no record
-// names: the leavings of a crash between an effect and its record.
+// names: the leavings of a crash between an effect and its record. What is not
+// called as a workspace is was not made here, as where the data directory is
+// one with a "disks" of its owner's in it, and stays.
 func (s *Service) sweep(ctx context.Context) error {
 	known := map[string]bool{}
 	for _, w := range s.list() {
@@ -141,7 +143,7 @@ func (s *Service) sweep(ctx context.Context) error {
 			continue
 		}
 		for _, id := range ids {
-			if known[id] {
+			if known[id] || !madeID(id) {
 				continue
 			}
 			if s.o.KeepStrays {

@@ -95,7 +95,9 @@ func TestRecoverOfRunning(t *testing.T) {
 	held := mustCreate(t, s, CreateOptions{Name: "held", Ephemeral: true})
 	v.kill()
 	world.dies(gone.ID, domain.Exit{Reason: "host rebooted"})
-	world.disks["orphan"], world.slots["orphan"], world.consoles["orphan"] = true, true, "x"
+	const orphan, foreign = "0rphan00", "photos" // the second has no workspace's form
+	world.disks[orphan], world.slots[orphan], world.consoles[orphan] = true, true, "x"
+	world.disks[foreign], world.consoles[foreign] = true, "x"
 
 	s2, _ := world.daemon(t, nil)
 	for name, want := range map[string]domain.State{"alive": domain.Running, "gone": domain.Stopped} {
@@ -106,6 +108,7 @@ func TestRecoverOfRunning(t *testing.T) {
 	wantLeft(t, world, sorted([]string{
 		"console " + alive.ID, "disk " + alive.ID, "link " + alive.ID, "machine " + alive.ID, "record " + alive.ID + " running", "slot " + alive.ID,
 		"console " + gone.ID, "disk " + gone.ID, "record " + gone.ID + " stopped",
+		"console " + foreign, "disk " + foreign,
 	})...)
 	if _, err := s2.Get(t.Context(), held.ID); err == nil {
 		t.Error("the ephemeral workspace outlived the daemon that held it")
