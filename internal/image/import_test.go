@@ -314,12 +314,27 @@ func TestImportArchiveRefuses(t *testing.T) {
 	if err := tarball.Write(one, other, &foreign); err != nil {
 		t.Fatal(err)
 	}
+	with := func(change func(*v1.Config)) []byte {
+		img, err := mutate.ConfigFile(ociSample(t), mustConfig(t, ociSample(t), func(c *v1.ConfigFile) { change(&c.Config) }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var b bytes.Buffer
+		if err := tarball.Write(one, img, &b); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
 	for _, tc := range []struct {
 		name string
 		data []byte
 		kind fault.Kind
 		says string
 	}{
+		{"huge environment", with(func(c *v1.Config) { c.Env = []string{"A=" + strings.Repeat("x", maxProcessBytes)} }), fault.Limit, "environment"},
+		{"huge user", with(func(c *v1.Config) { c.User = strings.Repeat("x", maxProcessBytes) }), fault.Limit, "user"},
+		{"zero byte in the environment", with(func(c *v1.Config) { c.Env = []string{"A=x\x00y"} }), fault.Invalid, "zero byte"},
+		{"zero byte in the directory", with(func(c *v1.Config) { c.WorkingDir = "/x\x00" }), fault.Invalid, "zero byte"},
 		{"two images", both.Bytes(), fault.Invalid, "holds 2 images"},
 		{"other platform", foreign.Bytes(), fault.NotFound, "s390x"},
 		{"no config", makeTar(t, tarEntry{name: "manifest.json", body: `[{"Config":"c.json","Layers":[]}]`}), fault.Invalid, "c.json"},

@@ -4,11 +4,15 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
+	"maps"
 	"runtime"
+	"slices"
+	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -19,6 +23,10 @@ import (
 const (
 	// maxConfigBytes bounds an image's configuration; real ones are some KB.
 	maxConfigBytes = 8 << 20
+	// maxProcessBytes bounds what is kept of a configuration, as JSON. It stands
+	// in every list of images and in every workspace's record, and the agent
+	// takes 1 MiB; real ones are under 8 KiB.
+	maxProcessBytes = 64 << 10
 	// maxLayers is far above the 127 that container engines stop at.
 	maxLayers = 1024
 )
@@ -51,8 +59,8 @@ func checkManifest(m *v1.Manifest, what string) error {
 	return nil
 }
 
-// checkConfig refuses a configuration for another platform, or one that does
-// not fit the image's layers.
+// checkConfig refuses a configuration for another platform, one that does not
+// fit the image's layers, or one that no process could be started with.
 func checkConfig(c *v1.ConfigFile, layers int, what string) error {
 	if c.OS != "" && c.OS != platform.OS || c.Architecture != "" && c.Architecture != platform.Architecture {
 		return noPlatform(what, []string{c.OS + "/" + c.Architecture})
@@ -60,6 +68,23 @@ func checkConfig(c *v1.ConfigFile, layers int, what string) error {
 	if len(c.RootFS.DiffIDs) != layers || layers > maxLayers {
 		return fault.New(fault.Invalid, "%s has %d layers but names %d", what, layers, len(c.RootFS.DiffIDs)).
 			WithNext("The image is damaged: push or export it again.")
+	}
+	return checkProcess(ociConfig(c), what)
+}
+
+func checkProcess(c config, what string) error {
+	text, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	if len(text) > maxProcessBytes {
+		return fault.New(fault.Limit, "%s has %d bytes of environment, user, directory and command; %d are allowed", what, len(text), maxProcessBytes).
+			WithNext("Use another image.")
+	}
+	all := slices.Concat([]string{c.User, c.Workdir}, c.Entrypoint, c.Cmd, slices.Collect(maps.Keys(c.Env)), slices.Collect(maps.Values(c.Env)))
+	if slices.ContainsFunc(all, func(s string) bool { return strings.ContainsRune(s, 0) }) {
+		return fault.New(fault.Invalid, "%s has a zero byte in its environment, user, directory or command", what).
+			WithNext("Use another image.")
 	}
 	return nil
 }
