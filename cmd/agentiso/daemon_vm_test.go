@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,7 +73,9 @@ type testHost struct {
 	config string
 	log    string
 	env    []string            // of the daemon, beside this process's
-	cred   *syscall.Credential // whose the daemon is; nil: ours
+	cred   *syscall.Credential // whose the daemon and the command line are; nil: ours
+	exe    string              // the test binary, where cred may run it; "": as it is
+	agent  string              // likewise the guest agent
 	proc   *exec.Cmd
 }
 
@@ -122,11 +125,11 @@ func (h *testHost) start(crash string) *client.Client {
 		h.t.Fatal(err)
 	}
 	defer log.Close()
-	agent, err := filepath.Abs(filepath.Join(os.Getenv("AGENTISO_TEST_BIN"), agentName))
+	agent, err := filepath.Abs(cmp.Or(h.agent, filepath.Join(os.Getenv("AGENTISO_TEST_BIN"), agentName)))
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	h.proc = exec.Command(os.Args[0])
+	h.proc = exec.Command(cmp.Or(h.exe, os.Args[0]))
 	h.proc.Env = append(os.Environ(), daemonEnv+"="+h.config, crashEnv+"="+crash, "AGENTISO_GUEST_BINARY="+agent)
 	h.proc.Env = append(h.proc.Env, h.env...)
 	h.proc.Stdout, h.proc.Stderr = log, log

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -17,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,8 +85,9 @@ func (h *testHost) destroy(c *client.Client, refs ...string) {
 
 // cli is the command line, talking to h's daemon.
 func (h *testHost) cli(args ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), cliEnv+"=1", "AGENTISO_SOCKET="+h.socket(), "TERM=vt100")
+	cmd := exec.Command(cmp.Or(h.exe, os.Args[0]), args...)
+	cmd.Env = append(append(os.Environ(), h.env...), cliEnv+"=1", "AGENTISO_SOCKET="+h.socket(), "TERM=vt100")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: h.cred}
 	return cmd
 }
 

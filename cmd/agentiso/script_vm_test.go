@@ -125,17 +125,24 @@ func (h *testHost) onTmpfs(mib string) {
 			h.t.Fatal(err)
 		}
 	})
+	h.copyDefaults(whole, h.dir)
+	h.env = append(h.env, "AGENTISO_SERVER_DATA_DIR="+h.dir)
+}
+
+// copyDefaults copies the default kernel and image of one data directory to
+// another, holes as holes.
+func (h *testHost) copyDefaults(from, to string) {
+	h.t.Helper()
 	const script = `
 		cd "$1"
-		image=$(cat images/names/minimal | tr : -) kernel=$(cat kernels/names/lean)
-		for f in images/names/minimal images/$image kernels/names/lean kernels/kernels/$kernel; do
-			mkdir -p "$2/$(dirname $f)"
-			cp -a --sparse=always $f "$2/$f"
+		image=$(tr : - <images/names/minimal) kernel=$(cat kernels/names/lean)
+		for f in images/names/minimal "images/$image" kernels/names/lean "kernels/kernels/$kernel"; do
+			mkdir -p "$2/$(dirname "$f")"
+			cp -a --sparse=always "$f" "$2/$f"
 		done`
-	if out, err := exec.Command("sh", "-ec", script, "sh", whole, h.dir).CombinedOutput(); err != nil {
-		h.t.Fatalf("copy to a small file system: %v\n%s", err, out)
+	if out, err := exec.Command("sh", "-ec", script, "sh", from, to).CombinedOutput(); err != nil {
+		h.t.Fatalf("copy kernel and image: %v\n%s", err, out)
 	}
-	h.env = append(h.env, "AGENTISO_SERVER_DATA_DIR="+h.dir)
 }
 
 // until repeats a command until its output matches.
