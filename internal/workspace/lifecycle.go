@@ -167,6 +167,15 @@ func (s *Service) Destroy(ctx context.Context, ref string) (id string, err error
 	}
 	defer unlock()
 	w, err := s.move(ctx, e, domain.Destroying, nil)
+	if fault.Is(err, fault.NoSpace) {
+		// Its own disk may be what fills the host, and is going anyway. A crash
+		// before the record follows leaves one without a disk, to be destroyed
+		// again.
+		if err := s.release(ctx, s.rec(e)); err != nil {
+			return "", fmt.Errorf("destroy workspace %s: %w", ref, err)
+		}
+		w, err = s.move(ctx, e, domain.Destroying, nil)
+	}
 	if err != nil {
 		return "", err
 	}
@@ -178,18 +187,24 @@ func (s *Service) Destroy(ctx context.Context, ref string) (id string, err error
 
 // finishDestroy takes a destroying workspace to nothing.
 func (s *Service) finishDestroy(ctx context.Context, e *entry, w *domain.Workspace) error {
+	if err := s.release(ctx, w); err != nil {
+		return err // the record stays, so that a repeat or a restart finishes it
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
+	defer cancel()
+	return s.clock("destroy", w.ID).step(ctx, "record", func(ctx context.Context) error { return s.forget(ctx, e) })
+}
+
+// release ends and removes all that w owns but its record. It may be repeated.
+func (s *Service) release(ctx context.Context, w *domain.Workspace) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
 	defer cancel()
 	c := s.clock("destroy", w.ID)
-	err := errors.Join(
+	return errors.Join(
 		s.takeDown(ctx, c, w),
 		c.step(ctx, "disk", func(ctx context.Context) error { return s.o.Disks.Remove(ctx, w.ID) }),
 		s.o.Consoles.RemoveConsole(w.ID),
 	)
-	if err != nil {
-		return err // the record stays, so that a repeat or a restart finishes it
-	}
-	return c.step(ctx, "record", func(ctx context.Context) error { return s.forget(ctx, e) })
 }
 
 // Rename gives the workspace another name. The guest's host name, made of the

@@ -320,6 +320,30 @@ func TestDestroyThatFailedIsRepeated(t *testing.T) {
 	wantLeft(t, world)
 }
 
+// TestDestroyOnFullDisk removes the disk that fills the host, though what is
+// intended cannot be recorded before.
+func TestDestroyOnFullDisk(t *testing.T) {
+	world := newWorld()
+	s, _ := world.daemon(t, nil)
+	w := mustCreate(t, s, CreateOptions{Name: "a"})
+	world.full = true
+	if _, err := s.Stop(t.Context(), "a", true); !fault.Is(err, fault.NoSpace) {
+		t.Errorf("stop on a full disk: %v", err)
+	}
+	world.failAt = "disk remove"
+	if _, err := s.Destroy(t.Context(), "a"); !errors.Is(err, errInjected) {
+		t.Fatalf("destroy: %v", err)
+	}
+	if got, err := s.Get(t.Context(), w.ID); err != nil || got.State != domain.Running {
+		t.Errorf("after a destroy that failed: %+v, %v", got, err)
+	}
+	world.failAt = ""
+	if _, err := s.Destroy(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	wantLeft(t, world)
+}
+
 func TestMachineEnds(t *testing.T) {
 	for _, tt := range []struct {
 		exit domain.Exit

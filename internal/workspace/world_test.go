@@ -36,6 +36,7 @@ type world struct {
 	nextPID  int
 
 	failAt     string // the effect that happens and then reports a failure
+	full       bool   // records cannot change while there are disks
 	guestDead  bool   // machines start, agents never answer
 	configures int
 	refuse     error  // what Configure answers
@@ -403,6 +404,12 @@ func (r fakeRecords) Insert(_ context.Context, w *domain.Workspace, limit int) e
 }
 
 func (r fakeRecords) Update(_ context.Context, w *domain.Workspace) error {
+	r.mu.Lock()
+	full := r.full && len(r.disks) > 0
+	r.mu.Unlock()
+	if full {
+		return fault.New(fault.NoSpace, "the disk is full")
+	}
 	return r.do("update "+string(w.State), func() {
 		if r.failAt != "update "+string(w.State) {
 			r.records[w.ID] = clone(w)
