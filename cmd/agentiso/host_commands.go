@@ -38,14 +38,21 @@ failed.`,
 	return cmd
 }
 
-// doctor asks the daemon, and looks for itself when there is none.
+// answerLimit is how long a daemon that is well takes at the most to say who it
+// is.
+const answerLimit = 10 * time.Second
+
+// doctor asks the daemon, and looks for itself when there is none or it hangs.
 func (a *app) doctor(ctx context.Context, probe bool) ([]client.Check, error) {
 	c, err := a.client()
 	if err != nil {
 		return nil, err // the configuration is what is wrong
 	}
 	defer c.Close()
-	checks, err := c.Doctor(ctx, probe)
+	checks, err := []client.Check(nil), a.alive(ctx, c)
+	if err == nil {
+		checks, err = c.Doctor(ctx, probe)
+	}
 	if err == nil {
 		return append([]client.Check{{Name: "daemon", Verdict: client.VerdictOK, Detail: "it answers on " + c.Socket()}}, checks...), nil
 	}
@@ -62,6 +69,20 @@ func (a *app) doctor(ctx context.Context, probe bool) ([]client.Check, error) {
 		checks = append(checks, client.Check{Name: h.Name, Verdict: client.Verdict(h.Verdict), Detail: h.Detail, Next: h.Next})
 	}
 	return checks, nil
+}
+
+// alive tells a daemon that hangs, or has been stopped, from one that takes its
+// time over the checks.
+func (a *app) alive(ctx context.Context, c *client.Client) error {
+	limited, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	_, err := c.Info(limited)
+	if err != nil && ctx.Err() == nil && limited.Err() != nil {
+		return &client.Error{Kind: client.Unavailable, Err: err,
+			Message: fmt.Sprintf("the daemon on %s does not answer within %s", c.Socket(), answerLimit),
+			Next:    "See whether its process is stopped or the host out of memory; machines run on when it is killed and started again."}
+	}
+	return err
 }
 
 func (a *app) printChecks(checks []client.Check) error {
