@@ -232,14 +232,33 @@ func (a *app) printable(f *os.File) io.Writer {
 	if !isTerminal(f) {
 		return f
 	}
-	return cleanWriter{f}
+	return &cleanWriter{w: f}
 }
 
-type cleanWriter struct{ w io.Writer }
+// cleanWriter takes the same out as clean does, from text that comes in pieces.
+type cleanWriter struct {
+	w io.Writer
+	// lead says that the last byte was c1Lead and awaits the next.
+	lead bool
+}
 
-func (c cleanWriter) Write(p []byte) (int, error) {
-	out := make([]byte, 0, len(p))
+// c1Lead begins the characters U+0080 to U+00BF in UTF-8. The lower half of
+// them are control characters, of which U+009B does what ESC [ does.
+const c1Lead = 0xc2
+
+func (c *cleanWriter) Write(p []byte) (int, error) {
+	out := make([]byte, 0, len(p)+1)
 	for _, b := range p {
+		if c.lead {
+			c.lead = false
+			if b >= 0x80 && b <= 0x9f {
+				continue
+			}
+			out = append(out, c1Lead)
+		}
+		if c.lead = b == c1Lead; c.lead {
+			continue
+		}
 		if b == '\n' || b == '\t' || b >= 0x20 && b != 0x7f {
 			out = append(out, b)
 		}

@@ -145,8 +145,18 @@ func TestGuestsCannotDriveTheTerminal(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	var b bytes.Buffer
-	if n, err := (cleanWriter{&b}).Write([]byte("boot\x1b[31m\r\nok\n")); n != 14 || err != nil || b.String() != "boot[31m\nok\n" {
+	if n, err := (&cleanWriter{w: &b}).Write([]byte("boot\x1b[31m\r\nok\n")); n != 14 || err != nil || b.String() != "boot[31m\nok\n" {
 		t.Errorf("%d, %v, %q", n, err, b.String())
+	}
+	b.Reset()
+	c := &cleanWriter{w: &b}
+	for _, piece := range []string{"a\u009b31mb\u00a0", "\xc2", "\x9b2J\xc2", "\xb5\xc2\xc2", "\x9dü\n"} {
+		if n, err := c.Write([]byte(piece)); n != len(piece) || err != nil {
+			t.Errorf("%q: %d, %v", piece, n, err)
+		}
+	}
+	if got, want := b.String(), "a31mb\u00a02J\u00b5\xc2ü\n"; got != want {
+		t.Errorf("%q, not %q", got, want)
 	}
 }
 
