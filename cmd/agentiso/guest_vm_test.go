@@ -254,7 +254,8 @@ func testTerminal(t *testing.T, h *testHost) {
 		t.Fatal(err)
 	}
 	say("until [ \"$(stty size)\" = '40 132' ]; do sleep 0.1; done; echo now $((40 + 132))\r", "now 172\r\n")
-	say("sleep 600\r", "sleep 600\r\n")
+	// It has the terminal once it speaks; before that ctrl-c would be the shell's.
+	say("sh -c 'echo on$((1 + 1)); exec sleep 600'\r", "on2\r\n")
 	say("\x03", "^C\r\n") // ctrl-c goes to the command, and ends that alone
 	say("", "ready> ")
 	say("exit 7\r", "exit\r\n")
